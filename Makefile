@@ -1,0 +1,80 @@
+# Every target sets up what it needs: python3 (3.11 or newer), make and a package index are enough.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The first of these that is new enough; `make PYTHON=/path/to/python` decides otherwise.
+PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
+PYTEST := $(BIN)/python -m pytest
+XDIST ?= -n 2 --dist=loadgroup
+ARGS ?=
+
+DEMO := $(VENV)/.demo-installed
+DEV := $(VENV)/.dev-installed
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(DEMO) ## run the demo, with a PostgreSQL of its own (ARGS="..." for options, ARGS=--help lists them)
+	@exec $(BIN)/pgchannels demo $(ARGS)
+
+test: $(DEV) ## the tests on PostgreSQL 18, then those that use a database on PostgreSQL 16
+	$(PYTEST) $(XDIST) --postgres=18 --ignore=tests/browser $(ARGS)
+	$(PYTEST) $(XDIST) --postgres=16 tests/integration $(ARGS)
+
+browser-test: $(DEV) ## the tests that drive a browser (needs chromium)
+	@$(PYTEST) tests/browser $(ARGS)
+
+check: $(DEV) ## lint, format, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	@if command -v node >/dev/null; then \
+	    echo "$(BIN)/pyright --verifytypes pgchannels"; \
+	    $(BIN)/pyright --verifytypes pgchannels --ignoreexternal; \
+	else \
+	    echo "SKIPPED: pyright --verifytypes (node is not on PATH)"; \
+	fi
+
+format: $(DEV) ## format the code, and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEV) ## the benchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
+
+wheel: $(DEV) ## build the wheel and the source distribution into dist/
+	$(BIN)/python -m build
+
+clean: ## remove the virtual environment, caches and builds
+	rm -rf $(VENV) dist build .coverage .coverage.* htmlcov \
+	    .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DEMO): pyproject.toml | $(BIN)/python
+	@echo "Installing pgchannels and what the demo needs"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@touch $@
+
+$(DEV): pyproject.toml | $(BIN)/python
+	@echo "Installing pgchannels and what tests and checks need"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@touch $@
+
+$(BIN)/python:
+	@for python in $(PYTHON); do \
+	    command -v "$$python" >/dev/null || continue; \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || continue; \
+	    if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	        echo "$$python cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; \
+	        exit 1; \
+	    fi; \
+	    exec "$$python" -m venv $(VENV); \
+	done; \
+	echo "Python 3.11 or newer is needed (looked for: $(PYTHON))" >&2; exit 1
+
+.PHONY: help demo test browser-test check format bench wheel clean

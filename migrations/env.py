@@ -1,0 +1,69 @@
+"""Alembic's environment for pgchannels' own schema.
+
+Serves ``alembic upgrade head`` in a checkout and ``pgchannels migrate`` from an installed wheel. The
+version table lies inside the schema, so that nothing here ever meets the host application's Alembic.
+
+The database comes from a connection in ``config.attributes`` (what ``pgchannels.migrate`` does),
+from ``-x url=…``, or from ``PGCHANNELS_DATABASE_URL``; the schema from ``-x schema=…`` or
+``PGCHANNELS_SCHEMA_NAME``.
+"""
+
+from alembic import context
+from sqlalchemy import Connection, text
+
+from pgchannels import migrate
+from pgchannels.schema import VERSION_TABLE
+from pgchannels.settings import Settings
+
+
+def settings() -> Settings:
+    given = context.config.attributes.get("settings")
+    if isinstance(given, Settings):
+        return given
+    arguments = context.get_x_argument(as_dictionary=True)
+    overrides = {"database_url": arguments.get("url"), "schema_name": arguments.get("schema")}
+    return Settings(**{name: value for name, value in overrides.items() if value})
+
+
+def run(connection: Connection | None, schema: str) -> None:
+    """Run what was asked for, on *connection* or, without one, as a script on the output."""
+    context.configure(
+        connection=connection,
+        dialect_name=None if connection else "postgresql",
+        as_sql=connection is None,
+        literal_binds=connection is None,
+        dialect_opts={"paramstyle": "named"},  # any other would double percent signs
+        version_table=VERSION_TABLE,
+        version_table_schema=schema,
+        transactional_ddl=True,
+    )
+    quoted = '"' + schema + '"'
+    with context.begin_transaction():
+        # Before the version table is read: of several that start at once, the second waits here
+        # and then finds nothing left to do.
+        context.execute(f"select pg_advisory_xact_lock(1885823848, hashtext('migrate {schema}'))")
+        if connection is None:
+            context.execute(f"create schema if not exists {quoted}")
+        elif not schema_exists(connection, schema):
+            # IF NOT EXISTS would ask for the right to create schemas even where one is there.
+            context.execute(f"create schema {quoted}")
+        context.run_migrations()
+        if connection is not None and not context.get_context().get_current_heads():
+            context.execute(f"drop table if exists {quoted}.{VERSION_TABLE}")
+            context.execute(f"drop schema {quoted}")
+
+
+def schema_exists(connection: Connection, schema: str) -> bool:
+    found = connection.scalar(
+        text("select to_regnamespace(quote_ident(:schema)) is not null"), {"schema": schema}
+    )
+    return bool(found)
+
+
+if context.is_offline_mode():
+    run(None, settings().schema_name)
+elif isinstance(connection := context.config.attributes.get("connection"), Connection):
+    run(connection, settings().schema_name)
+else:
+    chosen = settings()
+    migrate.run_in_transaction(chosen, lambda connection: run(connection, chosen.schema_name))

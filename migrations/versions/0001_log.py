@@ -1,0 +1,48 @@
+"""The outbox, the log and the functions between them."""
+
+from pathlib import Path
+
+from alembic import context, op
+
+from pgchannels.sql import in_schema, statements
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    script = Path(__file__).with_suffix(".sql").read_text(encoding="utf-8")
+    for statement in statements(in_schema(script, schema())):
+        op.execute(statement)
+
+
+def downgrade() -> None:
+    for statement in statements(in_schema(DOWNGRADE, schema())):
+        op.execute(statement)
+
+
+def schema() -> str:
+    name: str = context.get_context().opts["version_table_schema"]
+    return name
+
+
+# Partitions go with their parent, those that were detached and not yet dropped do not; the
+# pruner drops them in the same breath, so only a crash leaves one, and the next prune finds it.
+DOWNGRADE = """
+drop function pgchannels.requeue_stragglers();
+drop function pgchannels.seal(integer);
+drop function pgchannels.add_partitions(bigint);
+drop function pgchannels.publish(text, json, interval);
+drop table pgchannels.leases;
+drop table pgchannels.nodes;
+drop table pgchannels.memberships;
+drop table pgchannels.channels;
+drop table pgchannels.log;
+drop table pgchannels.batches;
+drop table pgchannels.messages;
+drop table pgchannels.outbox;
+drop function pgchannels.is_payload(json);
+drop function pgchannels.is_channel(text);
+"""

@@ -1,0 +1,309 @@
+-- The outbox, the log and the functions between them.
+--
+-- Written for the schema "pgchannels"; whoever runs it puts in the configured name. As a migration
+-- it is frozen once released: later changes come as later migrations.
+
+do $$
+begin
+    if current_setting('server_encoding') <> 'UTF8' then
+        raise exception 'pgchannels needs a database with encoding UTF8, not %', current_setting('server_encoding');
+    end if;
+end
+$$;
+
+-- What a channel may be called. The same class as in pgchannels/messages.py: white space, control
+-- and invisible formatting characters, and the wildcards of topic filters.
+create function pgchannels.is_channel(name text) returns boolean
+language sql immutable strict parallel safe
+as $$
+    select char_length(name) between 1 and 200 and name !~ '[\u0001-\u0020\u007f-\u00a0\u00ad\u061c\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff\ufff9-\uffff\U000e0000-\U000e0fff+#*]'
+$$;
+
+-- A JSON object of at most 16 MiB without lone surrogates. The type json checks escapes for their
+-- form only ("\ud800" passes), and what cannot be decoded must not reach a reader. Most texts have
+-- no \u escape at all; of the others, those with a surrogate are looked at: escaped backslashes
+-- taken out first (they may stand before a "u"), then whole pairs; a surrogate that is left is lone.
+create function pgchannels.is_payload(payload json) returns boolean
+language sql immutable strict parallel safe
+as $$
+    select json_typeof(payload) = 'object'
+       and octet_length(payload::text) <= 16777216
+       and (strpos(payload::text, '\u') = 0
+            or payload::text !~ '\\u[dD][89a-fA-F]'
+            or regexp_replace(
+                   replace(payload::text, '\\', ''),
+                   '\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}', '', 'g')
+               !~ '\\u[dD][89a-fA-F]')
+$$;
+
+-- Where every publisher inserts, in its own transaction. One index, no lock, no NOTIFY.
+create table pgchannels.outbox (
+    id bigint generated always as identity,
+    xid xid8 not null default pg_current_xact_id(),
+    channel text not null,
+    payload json not null,
+    attachments bytea[],
+    headers json,
+    created_at timestamptz not null default clock_timestamp(),
+    expires_at timestamptz,
+    constraint outbox_channel_is_valid check (pgchannels.is_channel(channel)),
+    constraint outbox_payload_is_valid check (pgchannels.is_payload(payload))
+) with (
+    -- truncating an emptied table takes an ACCESS EXCLUSIVE lock, and publishers would wait for it
+    vacuum_truncate = false
+);
+
+create index outbox_order on pgchannels.outbox (xid, id);
+
+comment on table pgchannels.outbox is 'published, not yet in the log; emptied by seal()';
+
+create table pgchannels.messages (
+    id bigint not null,
+    channel text not null,
+    payload json not null,
+    attachments bytea[],
+    headers json,
+    size integer not null,
+    created_at timestamptz not null,
+    expires_at timestamptz,
+    constraint messages_pkey primary key (id)
+) partition by range (id);
+
+create index messages_channel_id on pgchannels.messages (channel, id);
+
+create index messages_expires_at on pgchannels.messages (expires_at) where expires_at is not null;
+
+comment on table pgchannels.messages is 'the log: ids are contiguous, in commit order';
+
+comment on column pgchannels.messages.size is 'bytes of the payload''s text, so that a page can be bounded without reading it';
+
+-- One row a transaction of the sequencer. The snapshot says which transactions it could see.
+create table pgchannels.batches (
+    last_id bigint not null,
+    snapshot pg_snapshot not null,
+    sealed_at timestamptz not null default clock_timestamp(),
+    epoch integer not null default 1,
+    constraint batches_pkey primary key (last_id)
+);
+
+create index batches_sealed_at on pgchannels.batches (sealed_at);
+
+-- One row: what is true of the log as a whole.
+create table pgchannels.log (
+    singleton boolean not null default true,
+    floor bigint not null default 0,
+    partition_size bigint not null default 1000000,
+    partitioned_to bigint not null default 1,
+    constraint log_pkey primary key (singleton),
+    constraint log_is_one_row check (singleton),
+    constraint log_partition_size check (partition_size > 0)
+);
+
+insert into pgchannels.log default values;
+
+comment on column pgchannels.log.floor is 'messages with ids up to here may be gone; raised before any is removed';
+
+comment on column pgchannels.log.partitioned_to is 'the first id that no partition takes';
+
+create table pgchannels.channels (
+    name text not null,
+    cursor bigint not null default 0,
+    node uuid,
+    user_id text,
+    last_active_at timestamptz not null default clock_timestamp(),
+    expires_at timestamptz,
+    retention interval,
+    constraint channels_pkey primary key (name),
+    constraint channels_name_is_valid check (pgchannels.is_channel(name))
+);
+
+create table pgchannels.memberships (
+    group_name text not null,
+    channel text not null,
+    since bigint not null,
+    expires_at timestamptz,
+    constraint memberships_pkey primary key (group_name, channel),
+    constraint memberships_group_is_valid check (pgchannels.is_channel(group_name)),
+    constraint memberships_channel_is_valid check (pgchannels.is_channel(channel))
+);
+
+create index memberships_channel on pgchannels.memberships (channel);
+
+create table pgchannels.nodes (
+    id uuid not null,
+    started_at timestamptz not null default clock_timestamp(),
+    heartbeat_at timestamptz not null default clock_timestamp(),
+    info json,
+    constraint nodes_pkey primary key (id)
+);
+
+-- Who does what only one node needs to do: polling the outbox, pruning.
+create table pgchannels.leases (
+    name text not null,
+    holder uuid not null,
+    expires_at timestamptz not null,
+    constraint leases_pkey primary key (name)
+);
+
+-- Publish from SQL: select pgchannels.publish('room:1', '{"text": "hello"}');
+create function pgchannels.publish(channel text, payload json, ttl interval default null)
+returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not coalesce(pgchannels.is_channel(channel), false) then
+        raise exception 'invalid channel name %', coalesce(quote_literal(left(channel, 80)), 'NULL')
+            using errcode = 'invalid_parameter_value',
+                  hint = 'A name has 1 to 200 printable characters, no white space, none of + # *.';
+    end if;
+    if not coalesce(pgchannels.is_payload(payload), false) then
+        raise exception 'invalid payload: %', case
+                when payload is null then 'it is NULL'
+                when json_typeof(payload) <> 'object' then 'it is a JSON ' || json_typeof(payload)
+                when octet_length(payload::text) > 16777216 then 'it has more than 16 MiB'
+                else 'it holds half of a surrogate pair'
+            end
+            using errcode = 'invalid_parameter_value',
+                  hint = 'A payload is a JSON object of at most 16 MiB.';
+    end if;
+    if ttl <= interval '0' then
+        raise exception 'invalid ttl %: it must be positive', ttl
+            using errcode = 'invalid_parameter_value';
+    end if;
+    insert into pgchannels.outbox (channel, payload, expires_at)
+    values (channel, payload, clock_timestamp() + ttl);
+end
+$$;
+
+-- Make partitions until ids up to "through" have one. Built aside and attached, because ATTACH
+-- takes SHARE UPDATE EXCLUSIVE on the parent, where CREATE ... PARTITION OF would shut out readers
+-- (manual, ALTER TABLE, ATTACH PARTITION).
+create function pgchannels.add_partitions(through bigint) returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    made integer := 0;
+    state pgchannels.log;
+    partition text;
+begin
+    select * into strict state from pgchannels.log for update;
+    while state.partitioned_to <= through loop
+        partition := 'messages_' || state.partitioned_to;
+        execute format('create table pgchannels.%I (like pgchannels.messages including all)', partition);
+        execute format('alter table pgchannels.messages attach partition pgchannels.%I for values from (%s) to (%s)',
+                       partition, state.partitioned_to, state.partitioned_to + state.partition_size);
+        state.partitioned_to := state.partitioned_to + state.partition_size;
+        made := made + 1;
+    end loop;
+    if made > 0 then
+        update pgchannels.log set partitioned_to = state.partitioned_to;
+    end if;
+    return made;
+end
+$$;
+
+-- Move what has been committed to the outbox since the last batch into the log: one batch.
+--
+-- Call it as a statement of its own, in READ COMMITTED: each statement below must see what the
+-- previous holder of the lock committed. Notify afterwards, in another transaction.
+create function pgchannels.seal(max_messages integer default 10000, out sealed integer, out head bigint)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+-- The outbox may hold any number of dead rows while an old transaction keeps vacuum from them. The
+-- index leads past them; no other plan may be taken, however small the table once looked.
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+declare
+    previous_id bigint;
+    previous pg_snapshot;
+    seen_below xid8;
+    in_flight xid8[];
+begin
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'seal() needs READ COMMITTED, not %', upper(current_setting('transaction_isolation'))
+            using errcode = 'invalid_transaction_state';
+    end if;
+    -- "pgch" and the schema: one sequencer at a time; the next one takes what has gathered.
+    perform pg_advisory_xact_lock(1885823848, hashtext('pgchannels.'));
+    -- An id that a reader has seen must outlive a crash, or another message would get it.
+    if current_setting('synchronous_commit') = 'off' then
+        perform set_config('synchronous_commit', 'local', true);
+    end if;
+
+    select b.last_id, b.snapshot into previous_id, previous
+      from pgchannels.batches b order by b.last_id desc limit 1;
+    if not found then
+        previous_id := 0;
+        previous := '1:1:';  -- a snapshot that saw nothing
+    end if;
+    seen_below := pg_snapshot_xmax(previous);
+    in_flight := array(select pg_snapshot_xip(previous));
+    if seen_below > pg_snapshot_xmax(pg_current_snapshot()) then
+        -- A snapshot from the future is another cluster's, from before a dump and restore.
+        seen_below := '0';
+        in_flight := '{}';
+    end if;
+    perform pgchannels.add_partitions(previous_id + max_messages)
+      from pgchannels.log l where l.partitioned_to <= previous_id + max_messages;
+
+    -- The delete and the recorded snapshot must be one statement: two have two snapshots, and what
+    -- commits between them would be lost for good. The rows that have become visible since the
+    -- previous batch are those of transactions that were in flight then or have begun since (PgQ's
+    -- rule). A batch that stops at its limit has not taken all that its snapshot could see, and so
+    -- records the previous one again.
+    with due as (
+        (select o.ctid, o.xid, o.id
+           from unnest(in_flight) f(xid)
+          cross join lateral (select r.ctid, r.xid, r.id from pgchannels.outbox r
+                               where r.xid = f.xid order by r.xid, r.id limit max_messages) o)
+        union all
+        (select o.ctid, o.xid, o.id from pgchannels.outbox o
+          where o.xid >= seen_below order by o.xid, o.id limit max_messages)
+        order by xid, id limit max_messages
+    ), taken as (
+        delete from pgchannels.outbox o where o.ctid = any (array(select ctid from due))
+        returning o.*
+    ), logged as (
+        insert into pgchannels.messages
+               (id, channel, payload, attachments, headers, size, created_at, expires_at)
+        select previous_id + row_number() over (order by xid, id),
+               channel, payload, attachments, headers, octet_length(payload::text), created_at, expires_at
+          from taken
+    )
+    insert into pgchannels.batches (last_id, snapshot, epoch)
+    select previous_id + count(*),
+           case when count(*) < max_messages then pg_current_snapshot() else previous end,
+           coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1)
+      from taken
+    having count(*) > 0
+    returning last_id into head;
+
+    head := coalesce(head, previous_id);
+    sealed := head - previous_id;
+end
+$$;
+
+-- Rows of the outbox that no batch will ever take, because every snapshot since says that they had
+-- been taken. There must be none; if some are found (someone has tampered with batches, say), they
+-- are published anew, late and out of their order, rather than never.
+create function pgchannels.requeue_stragglers() returns bigint
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    with newest as (
+        select b.snapshot from pgchannels.batches b order by b.last_id desc limit 1
+    ), requeued as (
+        update pgchannels.outbox o set xid = pg_current_xact_id()
+          from newest n
+         where o.xid < pg_snapshot_xmax(n.snapshot)
+           and pg_visible_in_snapshot(o.xid, n.snapshot)
+           and pg_snapshot_xmax(n.snapshot) <= pg_snapshot_xmax(pg_current_snapshot())
+        returning 1
+    )
+    select count(*) from requeued
+$$;
+
+select pgchannels.add_partitions(1);

@@ -1,0 +1,5 @@
+"""``pgchannels``: migrate, prune, demo."""
+
+
+def main() -> None:
+    raise SystemExit("not yet")

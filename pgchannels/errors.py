@@ -1,0 +1,173 @@
+"""Every error that pgchannels raises of its own accord.
+
+::
+
+    PGChannelsError
+     ├─ ConfigurationError          a setting, a bind or a call that cannot work as given
+     │   └─ SchemaError             the database is not at the revision that this code needs
+     ├─ ChannelLayerClosed          the layer is not open (any more)
+     ├─ InvalidMessage              refused before anything was written
+     │   ├─ InvalidChannel
+     │   ├─ InvalidPayload
+     │   └─ MessageTooLarge
+     ├─ InvalidPosition             not the text of a position
+     │   └─ UnknownPosition         well-formed, but no message of this log ever had it
+     ├─ DatabaseError               PostgreSQL refused a statement of ours
+     │   └─ DatabaseUnavailable     the server cannot be reached, or the connection broke
+     └─ EmbeddedPostgresError       the server from the wheel cannot be started or stopped
+
+What a caller may want to decide on is on attributes; the sentence is made in ``__str__``.
+The causes (driver errors) are chained as ``__cause__``.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ChannelLayerClosed",
+    "ConfigurationError",
+    "DatabaseError",
+    "DatabaseUnavailable",
+    "EmbeddedPostgresError",
+    "InvalidChannel",
+    "InvalidMessage",
+    "InvalidPayload",
+    "InvalidPosition",
+    "MessageTooLarge",
+    "PGChannelsError",
+    "SchemaError",
+    "UnknownPosition",
+]
+
+
+class PGChannelsError(Exception):
+    """Base class: ``except PGChannelsError`` catches whatever this library raises."""
+
+
+class ConfigurationError(PGChannelsError):
+    """Something was set up in a way that cannot work. Retrying does not help."""
+
+
+class SchemaError(ConfigurationError):
+    """The database's schema is missing, older or newer than this version of pgchannels.
+
+    Attributes:
+        schema: name of the PostgreSQL schema that was looked at.
+        found: the revision in the database; None if there is no pgchannels schema at all.
+        needed: the revision that this version of pgchannels works on.
+    """
+
+    def __init__(self, schema: str, found: str | None, needed: str, *, newer: bool = False) -> None:
+        self.schema = schema
+        self.found = found
+        self.needed = needed
+        self.newer = newer
+        super().__init__(schema, found, needed)
+
+    def __str__(self) -> str:
+        if self.newer:
+            return (
+                f"schema {self.schema!r} is at revision {self.found}, which this version of "
+                f"pgchannels (revision {self.needed}) does not know: a newer version has migrated "
+                "it. Run: pip install --upgrade pgchannels"
+            )
+        found = "has not been migrated" if self.found is None else f"is at revision {self.found}"
+        return (
+            f"schema {self.schema!r} {found}; revision {self.needed} is needed. "
+            "Run: pgchannels migrate"
+        )
+
+
+class ChannelLayerClosed(PGChannelsError):
+    """The layer was used before ``open()`` or after ``close()``."""
+
+    def __str__(self) -> str:
+        return self.args[0] if self.args else "the channel layer is not open"
+
+
+class InvalidMessage(PGChannelsError, ValueError):
+    """A message was refused. Nothing was written."""
+
+
+class InvalidChannel(InvalidMessage):
+    """A channel name outside the rules of :func:`pgchannels.messages.check_channel`.
+
+    Attributes:
+        channel: what was given, whatever its type.
+    """
+
+    def __init__(self, channel: object, reason: str) -> None:
+        self.channel = channel
+        self.reason = reason
+        super().__init__(channel, reason)
+
+    def __str__(self) -> str:
+        shown = repr(self.channel)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        return f"invalid channel name {shown}: {self.reason}"
+
+
+class InvalidPayload(InvalidMessage):
+    """A payload that is not a JSON object, or that JSON cannot carry."""
+
+
+class MessageTooLarge(InvalidMessage):
+    """A payload whose JSON text is longer than ``max_message_size``.
+
+    Attributes:
+        size: bytes of the encoded payload.
+        limit: bytes allowed.
+    """
+
+    def __init__(self, size: int, limit: int) -> None:
+        self.size = size
+        self.limit = limit
+        super().__init__(size, limit)
+
+    def __str__(self) -> str:
+        return f"the payload has {self.size} bytes as JSON; at most {self.limit} are allowed"
+
+
+class InvalidPosition(PGChannelsError, ValueError):
+    """A text that is not a position.
+
+    Attributes:
+        position: what was given.
+    """
+
+    def __init__(self, position: object) -> None:
+        self.position = position
+        super().__init__(position)
+
+    def __str__(self) -> str:
+        shown = repr(self.position)
+        if len(shown) > 60:
+            shown = shown[:57] + "..."
+        return f"invalid position {shown}: expected '0' or '<epoch>-<id>' as in a message"
+
+
+class UnknownPosition(InvalidPosition):
+    """A position of another log: of another epoch, or past the newest message."""
+
+    def __str__(self) -> str:
+        return f"unknown position {str(self.position)!r}: this log has never reached it"
+
+
+class DatabaseError(PGChannelsError):
+    """PostgreSQL refused a statement. ``__cause__`` is the driver's error.
+
+    Attributes:
+        sqlstate: the five-character code of the PostgreSQL manual, appendix A, or None.
+    """
+
+    def __init__(self, message: str, sqlstate: str | None = None) -> None:
+        self.sqlstate = sqlstate
+        super().__init__(message)
+
+
+class DatabaseUnavailable(DatabaseError):
+    """No answer from the server. The statement may or may not have taken effect."""
+
+
+class EmbeddedPostgresError(PGChannelsError):
+    """The embedded server could not be started, stopped or used."""

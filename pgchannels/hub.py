@@ -1,0 +1,184 @@
+"""One reader of the log for all subscribers of a node.
+
+The hub's promise, on which :mod:`pgchannels.subscription` builds: every message with an id above
+:attr:`Hub.cursor` will be offered, in order, to each stream that was registered for its channel when
+the cursor passed it. Each is read and encoded once, however many streams get it, and no stream is
+ever waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from pgchannels.backoff import Backoff
+from pgchannels.errors import DatabaseError
+from pgchannels.store import LogPage
+
+if TYPE_CHECKING:
+    from pgchannels.messages import Message
+    from pgchannels.settings import Settings
+    from pgchannels.store import Session, Store
+
+__all__ = ["Hub", "Subscriber"]
+
+logger = logging.getLogger("pgchannels.hub")
+
+# Up to here the log is read by channel, one index probe each; above, as a whole.
+_FEW_CHANNELS = 32
+# Messages handed out before the event loop gets a turn.
+_OFFERS_AT_A_TIME = 1000
+# Seconds to wait after a hint for which there was nothing to read.
+_AFTER_FALSE_HINT = 0.05
+
+
+class Subscriber(Protocol):
+    """Who can be registered. ``offer`` must return at once and never raise."""
+
+    def offer(self, message: Message) -> None: ...
+
+
+class Hub:
+    """Reads what is new and hands it out. ``run()`` is its whole life; cancelling it ends it.
+
+    Args:
+        settings: how often to look without a hint, and how much at a time.
+        session: reads the log, on a connection of its own.
+        store: reads pages for subscribers that replay.
+    """
+
+    def __init__(self, settings: Settings, session: Session, store: Store) -> None:
+        self._settings = settings
+        self._session = session
+        self._store = store
+        self._index: dict[str, dict[Subscriber, None]] = {}
+        self._grown = False
+        self._look = asyncio.Event()
+        self._replays: dict[tuple[tuple[str, ...], int], asyncio.Task[LogPage]] = {}
+        self.cursor = 0
+        self.epoch = 1
+
+    async def open(self) -> None:
+        """Begin at the end of the log. LISTEN may come later: ``on_connected`` catches up."""
+        head = await self._session.head()
+        self.cursor, self.epoch = head.id, head.epoch
+
+    async def close(self) -> None:
+        """Wait for the reads that are under way; the store, closed before, has cut them short."""
+        await asyncio.gather(*self._replays.values(), return_exceptions=True)
+        await self._session.close()
+
+    def register(self, channel: str, subscriber: Subscriber) -> None:
+        """From now on, offer the channel's messages above :attr:`cursor` to *subscriber*."""
+        subscribers = self._index.get(channel)
+        if subscribers is None:
+            subscribers = self._index[channel] = {}
+            self._grown = True
+        subscribers[subscriber] = None
+
+    def unregister(self, channel: str, subscriber: Subscriber) -> None:
+        subscribers = self._index.get(channel)
+        if subscribers is not None:
+            subscribers.pop(subscriber, None)
+            if not subscribers:
+                del self._index[channel]
+
+    def hint(self, payload: str) -> None:
+        """A notification came. Anyone can send one, so it is at most a reason to look."""
+        if not (payload.isascii() and payload.isdecimal() and len(payload) <= 19):
+            logger.debug("a notification that is no hint: %.40r", payload)
+        elif int(payload) > self.cursor:
+            self._look.set()
+
+    def look(self) -> None:
+        """Read on, hint or not."""
+        self._look.set()
+
+    async def replay(self, channels: tuple[str, ...], after: int) -> LogPage:
+        """Read a page for a subscriber. Those who ask for the same one share it.
+
+        After the loss of a node its clients come back together, most with the same position.
+        """
+        task = self._replays.get((channels, after))
+        if task is None:
+            key = (channels, after)
+            task = asyncio.create_task(self._store.read_channels(channels, after))
+            self._replays[key] = task
+            task.add_done_callback(lambda done: self._replay_done(key, done))
+        # Shielded: one who gives up must not take the page from the others.
+        return await asyncio.shield(task)
+
+    def _replay_done(self, key: tuple[tuple[str, ...], int], task: asyncio.Task[LogPage]) -> None:
+        del self._replays[key]
+        if not task.cancelled() and task.exception() is not None:
+            # Those who wait get it; this marks it as seen where nobody does any more.
+            logger.debug("a replay failed: %s", task.exception())
+
+    async def run(self) -> None:
+        """Look at every hint, and every poll interval without one."""
+        backoff = Backoff()
+        while True:
+            hinted = await self._hinted_within(self._settings.poll_interval)
+            before = self.cursor
+            try:
+                await self._catch_up()
+                backoff.reset()
+            except DatabaseError as error:
+                delay = backoff.next()
+                logger.warning("cannot read the log, retry in %.1f s: %s", delay, error)
+                await asyncio.sleep(delay)
+                self._look.set()
+            else:
+                if hinted and self.cursor == before:
+                    await asyncio.sleep(_AFTER_FALSE_HINT)
+
+    async def _hinted_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._look.wait()
+        except TimeoutError:
+            return False
+        self._look.clear()
+        return True
+
+    async def _catch_up(self) -> None:
+        everything = False
+        while True:
+            self._grown = False
+            channels = None if everything or len(self._index) > _FEW_CHANNELS else [*self._index]
+            page = await self._read(channels)
+            # A page of some channels is no answer for one that was registered while it was read.
+            # Then nothing of it counts: read again, everything, which nobody can outrun.
+            everything = channels is not None and self._grown
+            if everything:
+                continue
+            everything = await self._hand_out(page, complete=channels is None)
+            if not page.full and not everything:
+                return
+
+    async def _read(self, channels: list[str] | None) -> LogPage:
+        if channels is None:
+            return await self._session.read_log(self.cursor)
+        if not channels:
+            return LogPage([], await self._session.head(), full=False)
+        return await self._session.read_channels(channels, self.cursor)
+
+    async def _hand_out(self, page: LogPage, *, complete: bool) -> bool:
+        """Offer a page's messages. True if it had to stop because the page lacks a channel."""
+        self.epoch = page.head.epoch
+        offers = 0
+        for message in page.messages:
+            subscribers = self._index.get(message.channel)
+            if subscribers:
+                for subscriber in subscribers:
+                    subscriber.offer(message)
+                offers += len(subscribers)
+            self.cursor = message.id
+            if offers >= _OFFERS_AT_A_TIME:
+                offers = 0
+                await asyncio.sleep(0)
+                if self._grown and not complete:
+                    return True
+        self.cursor = max(self.cursor, page.upto)
+        return False

@@ -1,0 +1,144 @@
+"""The one connection that LISTENs: hints come in here, and the news that they may have been lost.
+
+A hint is never more than a reason to look, so the contract with the hub is small: ``on_hint(text)``
+for each notification, ``on_connected()`` whenever notifications flow (again) after a time in which
+they did not. Catching up after ``on_connected()`` leaves no gap, because LISTEN came before it.
+
+asyncpg would go on believing in a dead connection: it sets no keepalive and does not see a
+half-open socket. So every few seconds a query on this very connection asks whether the server still
+knows that it listens, and a notification to a channel of its own makes the round trip that a pooler
+in transaction mode would swallow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import asyncpg
+
+from pgchannels.backoff import Backoff
+from pgchannels.connections import connect
+from pgchannels.errors import DatabaseError, DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from asyncpg import Connection, Record
+
+    from pgchannels.settings import Settings
+    from pgchannels.store import Store
+
+__all__ = ["Listener"]
+
+logger = logging.getLogger("pgchannels.listener")
+
+_HEARTBEAT = "select pg_is_in_recovery(), array(select pg_listening_channels())"
+
+
+class _Deaf(Exception):
+    """The connection does not (any longer) bring notifications."""
+
+
+class Listener:
+    """Keeps a connection listening. ``run()`` is its whole life; cancelling it ends it.
+
+    Args:
+        settings: where to connect, how often to try the connection.
+        store: sends the notifications that make the round trip, on a connection of its own.
+        on_hint: called with the payload of each notification.
+        on_connected: called each time that listening begins (anew).
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        *,
+        on_hint: Callable[[str], None],
+        on_connected: Callable[[], None],
+        backoff: Backoff | None = None,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._on_hint = on_hint
+        self._on_connected = on_connected
+        self._backoff = backoff or Backoff()
+        self._echo_channel = f"{settings.schema_name}.{uuid4().hex}"
+        self._echo = asyncio.Event()
+        self._lost = asyncio.Event()
+        self.healthy = False
+        """Whether notifications are coming in, as far as the last heartbeat could tell."""
+
+    async def run(self) -> None:
+        """Listen until cancelled; come back, with jitter, whenever the connection is lost."""
+        while True:
+            try:
+                await self._listen()
+            except (
+                _Deaf,
+                DatabaseError,
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                OSError,
+            ) as e:
+                delay = self._backoff.next()
+                logger.warning("not listening, retry in %.1f s: %s", delay, e or type(e).__name__)
+                await asyncio.sleep(delay)
+            finally:
+                self.healthy = False
+
+    async def _listen(self) -> None:
+        connection = await connect(self._settings.listen_dsn, role="listener")
+        try:
+            self._lost.clear()
+            connection.add_termination_listener(lambda _: self._lost.set())
+            await connection.add_listener(self._echo_channel, self._received_echo)
+            await connection.add_listener(self._settings.schema_name, self._received)
+            await self._heartbeat(connection)
+            self.healthy = True
+            self._backoff.reset()
+            self._on_connected()
+            while not await self._is_lost_within(self._settings.heartbeat_interval):
+                await self._heartbeat(connection)
+            raise _Deaf("the connection was closed")
+        finally:
+            connection.terminate()
+
+    async def _is_lost_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._lost.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _heartbeat(self, connection: Connection[Record]) -> None:
+        interval = self._settings.heartbeat_interval
+        row = await connection.fetchrow(_HEARTBEAT, timeout=interval)
+        assert row is not None
+        in_recovery, listening = row
+        if in_recovery:
+            raise _Deaf("the server is a standby")
+        if not {self._settings.schema_name, self._echo_channel} <= set(listening):
+            raise _Deaf("the session does not listen any more")
+        self._echo.clear()
+        try:
+            await self._store.notify(self._echo_channel, "")
+        except DatabaseUnavailable:
+            return  # says nothing about this connection, which has just answered
+        try:
+            async with asyncio.timeout(interval):
+                await self._echo.wait()
+        except TimeoutError:
+            raise _Deaf(
+                "notifications do not arrive; if there is a pooler in transaction mode between, "
+                "set listen_url (PGCHANNELS_LISTEN_URL) to the server itself"
+            ) from None
+
+    def _received(self, connection: Any, pid: int, channel: str, payload: Any) -> None:
+        self._on_hint(payload)
+
+    def _received_echo(self, connection: Any, pid: int, channel: str, payload: Any) -> None:
+        self._echo.set()

@@ -1,0 +1,111 @@
+"""Bring the schema to the revision that this version of pgchannels works on.
+
+Runs the migrations that are packaged with it through Alembic, with a version table of their own
+inside the schema: they meet neither the host application's migrations nor its version table.
+
+The functions block, and run an event loop of their own: call them from a script or a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, inspect, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from pgchannels.bundled import bundled
+from pgchannels.connections import connect
+from pgchannels.schema import NEEDED_REVISION, VERSION_TABLE
+from pgchannels.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["current", "downgrade", "is_behind", "run_in_transaction", "script", "upgrade"]
+
+T = TypeVar("T")
+
+
+def upgrade(settings: Settings | str, revision: str = "head") -> None:
+    """Migrate up. Safe to run in several processes at once, and again."""
+    _run_command(_settings(settings), lambda config: command.upgrade(config, revision))
+
+
+def downgrade(settings: Settings | str, revision: str) -> None:
+    """Migrate down; to ``"base"`` removes everything, messages included."""
+    _run_command(_settings(settings), lambda config: command.downgrade(config, revision))
+
+
+def script(settings: Settings | str | None = None) -> str:
+    """The SQL that ``upgrade()`` would run on a database without the schema."""
+    output = io.StringIO()
+    config = _config(_settings(settings), output_buffer=output)
+    command.upgrade(config, "head", sql=True)
+    return output.getvalue()
+
+
+def current(settings: Settings | str) -> str | None:
+    """The revision of the database; None if it has not been migrated."""
+    resolved = _settings(settings)
+
+    def read(connection: Connection) -> str | None:
+        schema = resolved.schema_name
+        if not inspect(connection).has_table(VERSION_TABLE, schema=schema):
+            return None
+        found = connection.scalar(text(f'select version_num from "{schema}".{VERSION_TABLE}'))
+        return None if found is None else str(found)
+
+    return run_in_transaction(resolved, read)
+
+
+def is_behind(settings: Settings | str) -> bool:
+    """Whether ``upgrade()`` has something to do."""
+    return current(settings) != NEEDED_REVISION
+
+
+def _settings(settings: Settings | str | None) -> Settings:
+    if isinstance(settings, Settings):
+        return settings
+    return Settings() if settings is None else Settings(database_url=settings)
+
+
+def _config(settings: Settings, **options: Any) -> Config:
+    config = Config(**options)
+    # A percent sign would be an interpolation to the ini parser behind Config.
+    config.set_main_option("script_location", str(bundled("migrations")).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["settings"] = settings
+    return config
+
+
+def _run_command(settings: Settings, run: Callable[[Config], None]) -> None:
+    def migrate(connection: Connection) -> None:
+        config = _config(settings)
+        config.attributes["connection"] = connection
+        run(config)
+
+    run_in_transaction(settings, migrate)
+
+
+def run_in_transaction(settings: Settings, function: Callable[[Connection], T]) -> T:
+    """Call *function* with a connection in a transaction, committed if it returns."""
+
+    async def run() -> T:
+        engine = create_async_engine(
+            "postgresql+asyncpg://",
+            # Our own connections take any libpq URL; SQLAlchemy's URLs have rules of their own.
+            async_creator=lambda: connect(settings.listen_dsn, role="migrate"),
+            poolclass=NullPool,
+        )
+        try:
+            async with engine.begin() as connection:
+                return await connection.run_sync(function)
+        finally:
+            await engine.dispose()
+
+    return asyncio.run(run())

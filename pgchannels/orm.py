@@ -1,0 +1,259 @@
+"""Publish from SQLAlchemy sessions: messages commit with the data, or not at all.
+
+``publish()`` adds an entry to the session, as one adds an object. The session's own rules then do
+the hard part: a rollback, a savepoint's too, drops what was added since, and so does closing the
+session without a commit; and before a savepoint, a query or a commit there is a flush. At the flush
+the entries go into the outbox by one insert, in the session's transaction and ahead of the other
+objects. After a commit only the sequencer is woken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Insert, Interval, bindparam, event, func, insert
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.orm import Session, registry, scoped_session, sessionmaker
+
+from pgchannels.errors import ConfigurationError
+from pgchannels.messages import check_channel, check_ttl, encode_payload
+from pgchannels.schema import outbox
+from pgchannels.settings import Settings
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from pgchannels.layer import PostgresLayer
+
+__all__ = ["install", "publish"]
+
+logger = logging.getLogger("pgchannels.orm")
+
+AnySession: TypeAlias = "Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]"
+Target: TypeAlias = (
+    "type[Session] | type[AsyncSession] | sessionmaker[Any] | async_sessionmaker[Any]"
+    " | scoped_session[Any]"
+)
+
+# In Session.info: something was published that has not been committed yet.
+_PUBLISHED = "pgchannels.published"
+
+
+class _Installed(NamedTuple):
+    settings: Settings
+    layer: PostgresLayer | None
+
+
+_installed: WeakKeyDictionary[type[Session], _Installed] = WeakKeyDictionary()
+
+
+class Entry:
+    """What waits in a session for its flush. Mapped, so that the unit of work keeps it."""
+
+    def __init__(self, channel: str, payload: str, ttl: timedelta | None) -> None:
+        self.channel = channel
+        self.payload = payload
+        self.ttl = ttl
+
+
+def install(
+    target: Target, layer: PostgresLayer | None = None, *, settings: Settings | None = None
+) -> None:
+    """Make the sessions of *target* able to publish. Doing it again replaces *layer*.
+
+    Args:
+        target: a ``sessionmaker`` or ``async_sessionmaker``, a ``scoped_session``, or a subclass of
+            ``Session`` or ``AsyncSession``: of its later sessions.
+        layer: this process's layer, to be woken after commits. Without one, what was published is
+            found by the node that polls.
+        settings: which schema, and how large a message may be; the layer's by default, else from
+            the environment.
+
+    Raises:
+        ConfigurationError: for another kind of target.
+    """
+    session_class = _session_class(target)
+    if settings is None:
+        settings = layer.settings if layer is not None else Settings()
+    _installed[session_class] = _Installed(settings, layer)
+    if not event.contains(session_class, "before_flush", _before_flush):
+        event.listen(session_class, "before_flush", _before_flush)
+        event.listen(session_class, "after_commit", _after_commit)
+
+
+def publish(
+    session: AnySession,
+    channel: str,
+    payload: Any,
+    *,
+    ttl: float | timedelta | None = None,
+) -> None:
+    """Publish *payload* on *channel* if, and only if, the session's transaction commits.
+
+    An ordinary call, also on an ``AsyncSession``, and inside of mapper and flush events. Nothing is
+    sent to the database before the next flush.
+
+    Args:
+        session: of a target that was given to :func:`install`.
+        channel: see :func:`pgchannels.messages.check_channel`.
+        payload: see :func:`pgchannels.messages.encode_payload`.
+        ttl: how long the message can be read, in seconds; by default as long as it is retained.
+
+    Raises:
+        InvalidMessage: for a bad channel, payload or ttl.
+        ConfigurationError: if the session was not prepared by :func:`install`, is bound to another
+            database than PostgreSQL, or commits each statement by itself (AUTOCOMMIT). The last is
+            seen at the flush, before anything is written.
+    """
+    sync_session = _sync_session(session)
+    installed = _installation(sync_session)
+    entry_class = _entry_class(installed.settings.schema_name)
+    _check_bind(sync_session, entry_class)
+    entry = entry_class(
+        check_channel(channel),
+        encode_payload(payload, max_size=installed.settings.max_message_size),
+        check_ttl(ttl),
+    )
+    if sync_session._flushing:  # noqa: SLF001 - what Session.add() itself asks, to warn
+        # From an event inside a flush, where nothing may be added any more. What was published
+        # before goes first.
+        _insert(sync_session, [*_pending(sync_session), entry])
+    else:
+        sync_session.add(entry)
+
+
+def _session_class(target: Target) -> type[Session]:
+    match target:
+        case scoped_session():
+            return _session_class(target.session_factory)
+        case sessionmaker():
+            return target.class_
+        case async_sessionmaker():
+            given = target.kw.get("sync_session_class") or target.class_.sync_session_class
+            own = _own_subclass(given)
+            target.configure(sync_session_class=own)
+            return own
+        case type() if issubclass(target, AsyncSession):
+            target.sync_session_class = _own_subclass(target.sync_session_class)
+            return target.sync_session_class
+        case type() if issubclass(target, Session):
+            return target
+        case _:
+            raise ConfigurationError(
+                "install() takes a sessionmaker, an async_sessionmaker, a scoped_session or a "
+                f"session class, not {target!r}"
+            )
+
+
+def _own_subclass(session_class: type[Session]) -> type[Session]:
+    # Session events attach to the synchronous class, which all AsyncSessions share by default.
+    if session_class in _installed:
+        return session_class
+    return type(session_class.__name__, (session_class,), {})
+
+
+def _sync_session(session: AnySession) -> Session:
+    match session:
+        case Session():
+            return session
+        case AsyncSession():
+            return session.sync_session
+        case scoped_session() | async_scoped_session():
+            return _sync_session(session())
+        case _:
+            raise ConfigurationError(f"publish() takes a SQLAlchemy session, not {session!r}")
+
+
+def _installation(session: Session) -> _Installed:
+    for session_class in type(session).__mro__:
+        if installed := _installed.get(session_class):
+            return installed
+    raise ConfigurationError(
+        "this session cannot publish: call pgchannels.orm.install() with its sessionmaker first"
+    )
+
+
+@cache
+def _entry_class(schema: str) -> type[Entry]:
+    mapped = type("Entry", (Entry,), {})
+    table = outbox(schema)
+    registry().map_imperatively(
+        mapped, table, include_properties=[table.c.id, table.c.channel, table.c.payload]
+    )
+    return mapped
+
+
+@cache
+def _insert_statement(schema: str) -> Insert:
+    return insert(outbox(schema)).values(
+        channel=bindparam("channel"),
+        payload=bindparam("payload"),
+        expires_at=func.clock_timestamp() + bindparam("ttl", type_=Interval),
+    )
+
+
+def _check_bind(session: Session, entry_class: type[Entry]) -> None:
+    try:
+        bind = session.get_bind(entry_class)
+    except UnboundExecutionError as error:
+        raise ConfigurationError(
+            "this session has no engine that it could publish to: give it a bind of its own, not "
+            "only binds for some of its classes"
+        ) from error
+    if bind.dialect.name != "postgresql":
+        raise ConfigurationError(
+            f"this session is bound to {bind.dialect.name}; publishing needs PostgreSQL"
+        )
+
+
+def _pending(session: Session) -> list[Entry]:
+    """Take the entries that wait in *session*, in the order of publishing."""
+    entries = [entry for entry in session.new if isinstance(entry, Entry)]
+    for entry in entries:
+        session.expunge(entry)
+    return entries
+
+
+def _insert(session: Session, entries: Sequence[Entry]) -> None:
+    installed = _installation(session)
+    schema = installed.settings.schema_name
+    connection = session.connection(bind_arguments={"mapper": _entry_class(schema)})
+    _check_transaction(connection)
+    connection.execute(
+        _insert_statement(schema),
+        [{"channel": e.channel, "payload": e.payload, "ttl": e.ttl} for e in entries],
+    )
+    session.info[_PUBLISHED] = True
+
+
+def _check_transaction(connection: Connection) -> None:
+    driver_connection = connection.connection.dbapi_connection
+    assert driver_connection is not None
+    if connection.dialect.detect_autocommit_setting(driver_connection):
+        raise ConfigurationError(
+            "this session's connection is in AUTOCOMMIT: its messages could not commit together "
+            "with its data. Use an engine without isolation_level='AUTOCOMMIT'"
+        )
+
+
+def _before_flush(session: Session, *_: object) -> None:
+    if entries := _pending(session):
+        _insert(session, entries)
+
+
+def _after_commit(session: Session) -> None:
+    # SQLAlchemy calls this for a released savepoint too. An exception from here would leave the
+    # session in a state that it cannot get out of, so none may leave: the commit has succeeded.
+    if session.in_nested_transaction() or not session.info.pop(_PUBLISHED, False):
+        return
+    try:
+        if (layer := _installation(session).layer) is not None:
+            layer.wake()
+    except Exception:
+        logger.exception("the sequencer could not be woken; what was published will be found")

@@ -1,0 +1,50 @@
+"""The outbox as SQLAlchemy sees it, and which revision of the schema this code works on.
+
+The migrations make the tables; a test compares what stands here with a migrated database.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import BigInteger, Column, DateTime, Identity, MetaData, Table, Text
+from sqlalchemy.types import UserDefinedType
+
+__all__ = ["NEEDED_REVISION", "REVISIONS", "VERSION_TABLE", "EncodedJSON", "outbox"]
+
+REVISIONS = ("0001",)
+"""Every revision that there has been, oldest first."""
+
+NEEDED_REVISION = REVISIONS[-1]
+
+VERSION_TABLE = "alembic_version"
+
+
+class EncodedJSON(UserDefinedType[str]):
+    """A ``json`` column whose Python value is the JSON text itself.
+
+    SQLAlchemy's own JSON type would encode again, by its own rules; the publisher has done it.
+    """
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "JSON"
+
+
+@cache
+def outbox(schema: str) -> Table:
+    """The outbox in *schema*, with the columns that a publisher fills in.
+
+    The table has no primary key (nothing ever looks a row up); for the unit of work the identity
+    column is one.
+    """
+    return Table(
+        "outbox",
+        MetaData(schema=schema),
+        Column("id", BigInteger, Identity(always=True), primary_key=True),
+        Column("channel", Text, nullable=False),
+        Column("payload", EncodedJSON, nullable=False),
+        Column("expires_at", DateTime(timezone=True)),
+    )

@@ -1,0 +1,90 @@
+"""Moves what has been committed to the outbox into the log, and tells the nodes.
+
+Every node runs one. Each batch is exclusive by a lock inside ``seal()``, so any number of them may
+be at it. A node's sequencer works when its own process has published; the one that holds the lease
+also looks by itself, for publishers that are no nodes (psql, Celery, another language).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from pgchannels.backoff import Backoff
+from pgchannels.errors import DatabaseError
+
+if TYPE_CHECKING:
+    from pgchannels.leases import Lease
+    from pgchannels.settings import Settings
+    from pgchannels.store import Session
+
+__all__ = ["Sequencer"]
+
+logger = logging.getLogger("pgchannels.sequencer")
+
+
+class Sequencer:
+    """``run()`` is its whole life; cancelling it ends it, between or in the middle of batches.
+
+    Args:
+        settings: how much at a time, how often to look.
+        session: a connection of its own.
+        lease: whoever holds it polls.
+    """
+
+    def __init__(self, settings: Settings, session: Session, lease: Lease) -> None:
+        self._settings = settings
+        self._session = session
+        self._lease = lease
+        self._wakeup = asyncio.Event()
+
+    def wake(self) -> None:
+        """Something was published. From the event loop's thread only."""
+        self._wakeup.set()
+
+    async def run(self) -> None:
+        """Seal whenever woken, and by the clock."""
+        backoff = Backoff()
+        while True:
+            try:
+                polls = await self._lease.held()
+                interval = self._settings.outbox_poll_interval if polls else self._lease.renewal
+                await self._woken_within(interval)
+                await self.run_once()
+                backoff.reset()
+            except DatabaseError as error:
+                delay = backoff.next()
+                logger.warning("cannot sequence, retry in %.1f s: %s", delay, error)
+                await asyncio.sleep(delay)
+                self._wakeup.set()
+
+    async def run_once(self) -> int:
+        """Seal until the outbox has been emptied; return how many messages were moved."""
+        moved = 0
+        while True:
+            sealed, head = await self._session.seal()
+            if not sealed:
+                return moved
+            moved += sealed
+            # A transaction of its own: within the batch's, NOTIFY would hold its cluster-wide lock
+            # over the flush of the WAL. If this process dies here, the nodes' polls find the batch.
+            await self._session.notify(self._settings.schema_name, str(head))
+            if sealed < self._settings.batch_size:
+                return moved
+
+    async def close(self) -> None:
+        """Let another node poll."""
+        try:
+            await self._lease.release()
+        except DatabaseError as error:
+            logger.info("the lease was left to run out: %s", error)
+        await self._session.close()
+
+    async def _woken_within(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wakeup.wait()
+        except TimeoutError:
+            return
+        self._wakeup.clear()

@@ -1,0 +1,131 @@
+"""Settings, from arguments, the environment (``PGCHANNELS_…``) or a ``.env`` file."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pgchannels.errors import ConfigurationError
+
+__all__ = ["Settings"]
+
+_DRIVER = re.compile(r"^(?:postgresql|postgres)(?:\+\w+)?://")
+
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+class Settings(BaseSettings):
+    """How a layer works. Durations are seconds, or ISO 8601 text where they are ``timedelta``.
+
+    Raises:
+        ConfigurationError: for a value out of its range; the text names the variable.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="PGCHANNELS_", env_file=".env", extra="ignore", frozen=True
+    )
+
+    database_url: SecretStr | None = None
+    """``postgresql://…``, as libpq takes it; a SQLAlchemy driver suffix is taken off."""
+
+    listen_url: SecretStr | None = None
+    """Where to LISTEN and to run the sequencer, if ``database_url`` leads through a pooler."""
+
+    schema_name: str = Field("pgchannels", pattern=r"^[a-z_][a-z0-9_]{0,39}$")
+    """The PostgreSQL schema of the tables; also the name that is notified."""
+
+    pool_size: int = Field(5, ge=1, le=1000)
+    """Connections at most for reading and publishing. Two more listen and sequence."""
+
+    command_timeout: Seconds = 30.0
+    """How long a statement may take before its connection counts as dead."""
+
+    max_message_size: int = Field(1024 * 1024, ge=2, le=16 * 1024 * 1024)
+    """Bytes of a payload's JSON text."""
+
+    poll_interval: Seconds = 1.0
+    """How often a node looks for new messages without having been notified."""
+
+    outbox_poll_interval: Seconds = 0.05
+    """How often one node looks into the outbox for what was published outside of any node."""
+
+    heartbeat_interval: Seconds = 5.0
+    """How often the listening connection is tried. A dead one is noticed within two of these."""
+
+    lease_time: Seconds = 15.0
+    """For how long a node that died keeps polling and pruning from passing to another one."""
+
+    batch_size: int = Field(10_000, ge=1, le=100_000)
+    """Messages that one transaction of the sequencer moves at most."""
+
+    page_size: int = Field(1000, ge=1, le=10_000)
+    """Messages that one read of the log returns at most."""
+
+    page_bytes: int = Field(1024 * 1024, ge=1024)
+    """Bytes of payload that one read of the log returns at most, give or take one message."""
+
+    buffer_size: int = Field(1000, ge=1)
+    """Messages that may wait for a subscriber before it is sent back to reading the log."""
+
+    buffer_bytes: int = Field(1024 * 1024, ge=1024)
+    """Bytes of payload that may, likewise."""
+
+    retention: timedelta | None = timedelta(days=7)
+    """How long messages are kept; None for ever."""
+
+    prune_interval: Seconds = 60.0
+    """How often the pruner looks for work."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigurationError(_explain(error)) from error
+
+    @field_validator("database_url", "listen_url", mode="before")
+    @classmethod
+    def _without_driver(cls, value: object) -> object:
+        url = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if not isinstance(url, str):
+            return value
+        if not _DRIVER.match(url):
+            raise ValueError("expected a URL such as postgresql://user:password@host/database")
+        return _DRIVER.sub("postgresql://", url, count=1)
+
+    @field_validator("retention", mode="after")
+    @classmethod
+    def _positive(cls, value: timedelta | None) -> timedelta | None:
+        if value is not None and value <= timedelta(0):
+            raise ValueError("must be positive, or empty to keep messages for ever")
+        return value
+
+    @property
+    def dsn(self) -> str:
+        """The database's URL, password and all.
+
+        Raises:
+            ConfigurationError: if none was given.
+        """
+        if self.database_url is None:
+            raise ConfigurationError(
+                "no database: set PGCHANNELS_DATABASE_URL, or give a postgresql:// URL"
+            )
+        return self.database_url.get_secret_value()
+
+    @property
+    def listen_dsn(self) -> str:
+        """The URL for connections that must keep their session: LISTEN and the sequencer."""
+        return self.listen_url.get_secret_value() if self.listen_url else self.dsn
+
+
+def _explain(error: ValidationError) -> str:
+    # pydantic's own text repeats the input, which may hold a password.
+    lines = []
+    for problem in error.errors(include_url=False, include_input=False):
+        name = str(problem["loc"][0]) if problem["loc"] else "settings"
+        lines.append(f"{name} (PGCHANNELS_{name.upper()}): {problem['msg']}")
+    return "; ".join(lines)

@@ -1,0 +1,278 @@
+"""Executes the queries of ``sql/queries.sql``; nothing else does. Wraps the driver's errors, once.
+
+A :class:`Store` runs them on a pool, a :class:`Session` on one connection of its own, remade when it
+breaks: the hub and the sequencer each have one, so that no crowd at the pool delays them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import asyncpg
+
+from pgchannels.connections import connect, create_pool
+from pgchannels.errors import (
+    ChannelLayerClosed,
+    DatabaseError,
+    DatabaseUnavailable,
+    SchemaError,
+)
+from pgchannels.messages import Message
+from pgchannels.schema import NEEDED_REVISION, REVISIONS
+from pgchannels.sql import load_queries
+
+if TYPE_CHECKING:
+    from asyncpg import Connection, Pool, Record
+
+    from pgchannels.settings import Settings
+
+__all__ = ["Head", "LogPage", "Outgoing", "Partition", "Session", "Store"]
+
+# "The server is not there (now)": class 57P is its shutting down or starting up, 53300 that it has
+# no connection to spare (manual, appendix A).
+_UNAVAILABLE = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.IdleSessionTimeoutError,
+    asyncpg.TooManyConnectionsError,
+    # The server has become a standby, or this connection leads to one.
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.InterfaceError,
+    OSError,  # includes ConnectionError and TimeoutError
+)
+
+# Seconds that a connection may take to say goodbye.
+_CLOSING_TIME = 2.0
+
+
+class Outgoing(NamedTuple):
+    """A message on its way to the outbox, checked and encoded."""
+
+    channel: str
+    payload: str
+    ttl: timedelta | None = None
+
+
+class Head(NamedTuple):
+    """The end of the log, and its beginning: messages up to *floor* may be gone."""
+
+    id: int
+    epoch: int
+    floor: int
+
+
+class LogPage(NamedTuple):
+    """Messages in order, and the bounds of the log when they were read.
+
+    *full* says that the page ended at its limit, rather than at the end of the log.
+    """
+
+    messages: list[Message]
+    head: Head
+    full: bool
+
+    @property
+    def upto(self) -> int:
+        """The id that an oldest-first page reaches: everything up to it is in."""
+        return self.messages[-1].id if self.full else self.head.id
+
+
+class Partition(NamedTuple):
+    """A partition of the log: ids from *first_id* up to, not including, *end_id*."""
+
+    name: str
+    detaching: bool
+    first_id: int
+    end_id: int
+
+
+@contextmanager
+def _driver_errors() -> Iterator[None]:
+    try:
+        yield
+    except _UNAVAILABLE as error:
+        reason = str(error) or type(error).__name__
+        raise DatabaseUnavailable(
+            f"PostgreSQL is not available: {reason}", getattr(error, "sqlstate", None)
+        ) from error
+    except asyncpg.PostgresError as error:
+        raise DatabaseError(f"PostgreSQL refused a statement: {error}", error.sqlstate) from error
+
+
+class Queries:
+    """What can be asked, whatever it runs on."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._sql = load_queries(settings.schema_name)
+
+    async def fetch(self, name: str, *arguments: Any) -> list[Record]:
+        """Run the query *name*."""
+        return await self._fetch(self._sql[name], arguments)
+
+    async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Record]:
+        raise NotImplementedError
+
+    async def head(self) -> Head:
+        (row,) = await self.fetch("head")
+        return Head(*row)
+
+    async def insert(self, messages: Sequence[Outgoing]) -> None:
+        """Publish, in one transaction and in this order."""
+        channels, payloads, ttls = zip(*messages, strict=True)
+        await self.fetch("insert", channels, payloads, ttls)
+
+    async def seal(self) -> tuple[int, int]:
+        """Run one batch; return how many messages it moved and the id of the newest one."""
+        (row,) = await self.fetch("seal", self._settings.batch_size)
+        return row["sealed"], row["head"]
+
+    async def notify(self, channel: str, payload: str) -> None:
+        await self.fetch("notify", channel, payload)
+
+    async def read_channels(
+        self, channels: Sequence[str], after: int, *, limit: int | None = None
+    ) -> LogPage:
+        """The messages of *channels* with ids above *after*, oldest first."""
+        limit = limit or self._settings.page_size
+        size = self._settings.page_bytes
+        return self._page(
+            await self.fetch("read_channels", channels, after, limit, size), limit, size
+        )
+
+    async def read_backwards(self, channel: str, before: int, after: int, limit: int) -> LogPage:
+        """The messages of *channel* with ids between *after* and *before*, newest first."""
+        size = self._settings.page_bytes
+        rows = await self.fetch("read_channel_backwards", channel, before, limit, size, after)
+        return self._page(rows, limit, size)
+
+    async def read_log(self, after: int) -> LogPage:
+        """The messages of all channels with ids above *after*, oldest first."""
+        limit, size = self._settings.page_size, self._settings.page_bytes
+        return self._page(await self.fetch("read_log", after, limit, size), limit, size)
+
+    def _page(self, rows: list[Record], limit: int, size: int) -> LogPage:
+        head, epoch, floor = rows[0][:3]
+        messages = [
+            Message(row[3], row[4], row[5], row[6], row[7], epoch)
+            for row in rows
+            if row[3] is not None
+        ]
+        full = len(messages) == limit or sum(message.size for message in messages) >= size
+        return LogPage(messages, Head(head, epoch, floor), full)
+
+
+class Store(Queries):
+    """Queries on a pool of connections."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._pool: Pool[Record] | None = None
+
+    async def open(self) -> None:
+        """Connect, and look whether the schema is the one that this code works on.
+
+        Raises:
+            SchemaError: it is not.
+            DatabaseUnavailable: no connection.
+        """
+        pool = create_pool(
+            self._settings.dsn,
+            size=self._settings.pool_size,
+            command_timeout=self._settings.command_timeout,
+        )
+        with _driver_errors():
+            self._pool = await pool
+        try:
+            await self._check_schema()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close the pool; what is still under way after a moment is cut off."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        try:
+            async with asyncio.timeout(_CLOSING_TIME):
+                await pool.close()
+        except (TimeoutError, OSError, asyncpg.InterfaceError, asyncpg.PostgresError):
+            pool.terminate()
+
+    async def _check_schema(self) -> None:
+        schema = self._settings.schema_name
+        try:
+            rows = await self.fetch("revision")
+        except DatabaseError as error:
+            # undefined_table, also where the schema is missing; invalid_schema_name
+            if error.sqlstate in ("42P01", "3F000"):
+                raise SchemaError(schema, None, NEEDED_REVISION) from None
+            raise
+        found = rows[0][0] if rows else None
+        if found != NEEDED_REVISION:
+            newer = found is not None and found not in REVISIONS
+            raise SchemaError(schema, found, NEEDED_REVISION, newer=newer)
+
+    async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Record]:
+        if self._pool is None:
+            raise ChannelLayerClosed
+        with _driver_errors():
+            async with self._pool.acquire() as connection:
+                try:
+                    return await connection.fetch(sql, *arguments)
+                except asyncpg.ReadOnlySQLTransactionError:
+                    connection.terminate()  # or the pool would lend it out again and again
+                    raise
+
+
+class Session(Queries):
+    """Queries on one connection of its own, one at a time. It connects when first needed."""
+
+    def __init__(self, settings: Settings, role: str) -> None:
+        super().__init__(settings)
+        self._role = role
+        self._connection: Connection[Record] | None = None
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                await connection.close(timeout=_CLOSING_TIME)
+            except (OSError, asyncpg.InterfaceError, asyncpg.PostgresError):
+                connection.terminate()
+
+    async def partitions(self) -> list[Partition]:
+        return [Partition(*row) for row in await self.fetch("partitions")]
+
+    async def execute(self, sql: str) -> None:
+        """Run a statement that has no parameters, such as DDL, by the simple protocol."""
+        with _driver_errors():
+            connection = await self._connected()
+            try:
+                await connection.execute(sql, timeout=self._settings.command_timeout)
+            except _UNAVAILABLE:
+                connection.terminate()
+                raise
+
+    async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Record]:
+        with _driver_errors():
+            connection = await self._connected()
+            try:
+                return await connection.fetch(
+                    sql, *arguments, timeout=self._settings.command_timeout
+                )
+            except _UNAVAILABLE:
+                connection.terminate()
+                raise
+
+    async def _connected(self) -> Connection[Record]:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await connect(self._settings.listen_dsn, role=self._role)
+        return self._connection

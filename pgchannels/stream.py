@@ -1,0 +1,203 @@
+"""What ``layer.subscribe()`` gives: a subscription with its reads, its waiting and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from pgchannels.backoff import Backoff
+from pgchannels.errors import ChannelLayerClosed, DatabaseUnavailable, UnknownPosition
+from pgchannels.messages import BEGINNING, Message, Position, check_channel
+from pgchannels.subscription import Read, State, Subscription
+
+if TYPE_CHECKING:
+    from pgchannels.hub import Hub
+    from pgchannels.settings import Settings
+    from pgchannels.store import Store
+
+__all__ = ["Stream"]
+
+logger = logging.getLogger("pgchannels.stream")
+
+
+class Stream:
+    """The messages of some channels, in the order of the log: first what was missed, then live.
+
+    An async context manager and, inside it, an async iterator for one task::
+
+        async with layer.subscribe("room:1", "room:2", after=position) as messages:
+            async for message in messages:
+                ...
+
+    A consumer that is slow costs a bounded buffer: when it is full, the stream goes back to reading
+    the log at the consumer's pace, and nothing is lost. While the database is away it waits.
+    Iteration ends when the layer is closed.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[str, ...],
+        after: Position | str | None,
+        *,
+        hub: Hub,
+        store: Store,
+        settings: Settings,
+        streams: set[Stream],
+    ) -> None:
+        self._initial = tuple(check_channel(channel) for channel in channels)
+        self._after = None if after is None else Position.parse(after)
+        self._hub = hub
+        self._store = store
+        self._streams = streams
+        self._subscription = Subscription(
+            max_messages=settings.buffer_size, max_bytes=settings.buffer_bytes
+        )
+        self._wakeup: asyncio.Future[None] | None = None
+        self._ready: deque[Message] = deque()
+        self._closed = False
+        self._error: BaseException | None = None
+
+    @property
+    def truncated(self) -> bool:
+        """Retention has removed messages that were still to come. Stays true until set to false."""
+        return self._subscription.truncated
+
+    @truncated.setter
+    def truncated(self, value: bool) -> None:
+        self._subscription.truncated = value
+
+    @property
+    def state(self) -> State:
+        """LIVE, or REPLAYING while messages are being read from the log."""
+        return self._subscription.state
+
+    @property
+    def pending(self) -> int:
+        """Messages held in memory for this stream. Bounded, whatever the consumer does."""
+        return len(self._subscription) + len(self._ready)
+
+    async def __aenter__(self) -> Self:
+        self._streams.add(self)
+        try:
+            await self._add(self._initial, self._after)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def join(self, channel: str, after: Position | str | None = None) -> None:
+        """Read one more channel: from *after*, or from now on if that is None.
+
+        Raises:
+            InvalidChannel: for a bad name.
+            InvalidPosition: for a text that is none, or one that this log has never reached.
+            DatabaseUnavailable: if the position cannot be checked now.
+        """
+        await self._add((check_channel(channel),), None if after is None else Position.parse(after))
+
+    def leave(self, channel: str) -> None:
+        """Stop reading *channel*. Not an error if it was not read."""
+        self._hub.unregister(channel, self)
+        self._subscription.discard(channel)
+        self._ready = deque(message for message in self._ready if message.channel != channel)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Let go of everything. A task that waits here gets *error*, or the end."""
+        self._closed = True
+        self._error = self._error or error
+        self._streams.discard(self)
+        for channel in self._subscription.channels:
+            self._hub.unregister(channel, self)
+        self._wake()
+
+    def offer(self, message: Message) -> None:
+        """For the hub: here is a message of one of the channels."""
+        if self._subscription.offer(message):
+            self._wake()
+
+    async def batch(self) -> list[Message]:
+        """Wait for messages and take all that are there: one at least, in order.
+
+        Raises:
+            ChannelLayerClosed: when the stream or its layer has been closed.
+        """
+        subscription = self._subscription
+        while not self._closed:
+            read = subscription.next_read()
+            if read is not None:
+                await self._replay(read)
+            if messages := subscription.take():
+                return messages
+            if subscription.next_read() is None and not self._closed:
+                self._wakeup = asyncio.get_running_loop().create_future()
+                try:
+                    await self._wakeup
+                finally:
+                    self._wakeup = None
+        raise self._error or ChannelLayerClosed("the stream has been closed")
+
+    def __aiter__(self) -> AsyncIterator[Message]:
+        return self
+
+    async def __anext__(self) -> Message:
+        if not self._ready:
+            try:
+                self._ready.extend(await self.batch())
+            except ChannelLayerClosed:
+                raise StopAsyncIteration from None
+        return self._ready.popleft()
+
+    async def _add(self, channels: tuple[str, ...], after: Position | None) -> None:
+        start = None if after is None else await self._start(after)
+        if self._closed:
+            raise ChannelLayerClosed("the stream has been closed")
+        for channel in channels:
+            # In this order: nothing may come between what the hub offers and what the log holds.
+            self._hub.register(channel, self)
+            self._subscription.add(channel, start, self._hub.cursor)
+        self._wake()
+
+    async def _start(self, after: Position) -> int:
+        if after == BEGINNING:
+            return -1
+        head = await self._store.head()
+        if after.epoch != head.epoch or after.id > head.id:
+            raise UnknownPosition(after)
+        return after.id
+
+    async def _replay(self, read: Read) -> None:
+        backoff = Backoff()
+        while not self._closed:
+            try:
+                page = await self._hub.replay(read.channels, read.after)
+            except (DatabaseUnavailable, ChannelLayerClosed) as error:
+                if self._closed:
+                    return
+                delay = backoff.next()
+                logger.info("cannot replay, retry in %.1f s: %s", delay, error)
+                await asyncio.sleep(delay)
+            else:
+                self._subscription.page(
+                    read,
+                    page.messages,
+                    upto=page.upto,
+                    floor=page.head.floor,
+                    hub_cursor=self._hub.cursor,
+                )
+                return
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)

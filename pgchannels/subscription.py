@@ -1,0 +1,191 @@
+"""The state of one reader of the log: what it has had, what it needs next. Pure.
+
+No I/O, no clock, no tasks: :class:`~pgchannels.stream.Stream` acts on what is decided here.
+
+::
+
+    REPLAYING ── page reaches the hub's cursor ──▶ LIVE
+    LIVE ── what waits outgrows its bound ──▶ REPLAYING from just before what waited
+
+Resuming after a reconnect and falling behind are one thing: what cannot be kept is read again from
+the log. The hub promises to offer every message with an id above its cursor; the log holds every
+message at or below it. So a reader that has read up to the hub's cursor is live, and has missed
+nothing and had nothing twice.
+
+A channel may join a reader that is under way, with a position of its own. It is then read alone
+(*joining*) until it has come as far as the others, and merged.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from pgchannels.messages import Message
+
+__all__ = ["Read", "State", "Subscription"]
+
+
+class State(Enum):
+    REPLAYING = "replaying"
+    LIVE = "live"
+
+
+class Read(NamedTuple):
+    """A page to be read from the log: *channels*, ids above *after*, oldest first."""
+
+    channels: tuple[str, ...]
+    after: int
+
+
+class Subscription:
+    """One reader of some channels. At most one :class:`Read` may be under way at a time.
+
+    Args:
+        max_messages: messages that may wait while live.
+        max_bytes: bytes of payload that may.
+
+    Ids given as *after* are exclusive; -1 means from the beginning of what is retained, so that
+    nothing before it can count as missed.
+    """
+
+    def __init__(self, *, max_messages: int, max_bytes: int) -> None:
+        self._max_messages = max_messages
+        self._max_bytes = max_bytes
+        self.state = State.LIVE
+        self.truncated = False
+        """Retention has removed messages that this reader had still to get. Sticks until reset."""
+        self._channels: set[str] = set()
+        self._joining: dict[str, int] = {}
+        # While replaying: everything up to here, of the merged channels, has been paged in. While
+        # live: the last message offered, or the end of the page that led here.
+        self._cursor = 0
+        # Merged channels that have been read further than _cursor, by themselves.
+        self._ahead: dict[str, int] = {}
+        self._page: list[Message] = []
+        self._waiting: deque[Message] = deque()
+        self._waiting_bytes = 0
+
+    @property
+    def channels(self) -> frozenset[str]:
+        return frozenset(self._channels).union(self._joining)
+
+    def __len__(self) -> int:
+        """Messages held, waiting to be taken."""
+        return len(self._page) + len(self._waiting)
+
+    def add(self, channel: str, after: int | None, hub_cursor: int) -> None:
+        """Begin to read *channel* after an id; from now on if None.
+
+        From before this call on, the hub must offer the channel's messages above *hub_cursor*.
+        """
+        start = hub_cursor if after is None else after
+        self.discard(channel)
+        if not self._channels and not self._joining:
+            self._channels.add(channel)
+            self._cursor = start
+            self.state = State.LIVE if start >= hub_cursor else State.REPLAYING
+        else:
+            self._merge_or_join(channel, start, hub_cursor)
+
+    def discard(self, channel: str) -> None:
+        """Stop reading *channel*; what waits of it is dropped."""
+        if channel not in self.channels:
+            return
+        self._channels.discard(channel)
+        self._joining.pop(channel, None)
+        self._ahead.pop(channel, None)
+        self._page = [message for message in self._page if message.channel != channel]
+        self._waiting = deque(m for m in self._waiting if m.channel != channel)
+        self._waiting_bytes = sum(message.size for message in self._waiting)
+
+    def offer(self, message: Message) -> bool:
+        """Take a message from the hub; say whether there is now something to do."""
+        if (
+            self.state is State.REPLAYING
+            or message.id <= self._cursor
+            or message.channel not in self._channels
+            or message.id <= self._ahead.get(message.channel, -1)
+        ):
+            return False  # it has been read from the log, or it will be
+        self._waiting.append(message)
+        self._waiting_bytes += message.size
+        self._cursor = message.id
+        if len(self._waiting) > self._max_messages or self._waiting_bytes > self._max_bytes:
+            # Everything before the first that waits has been handed on, so go back to there.
+            self._cursor = self._waiting[0].id - 1
+            self._waiting.clear()
+            self._waiting_bytes = 0
+            self.state = State.REPLAYING
+        return True
+
+    def next_read(self) -> Read | None:
+        """The page that is needed now; None while one is still to be taken, or if live."""
+        if self._page:
+            return None
+        if self._joining:
+            channel, after = next(iter(self._joining.items()))
+            return Read((channel,), after)
+        if self.state is State.REPLAYING and self._channels:
+            return Read(tuple(sorted(self._channels)), self._cursor)
+        return None
+
+    def page(
+        self, read: Read, messages: Sequence[Message], *, upto: int, floor: int, hub_cursor: int
+    ) -> None:
+        """Take in the answer to *read*.
+
+        Args:
+            read: as :meth:`next_read` gave it.
+            messages: of its channels, in order; all there are with ids from *read.after* to *upto*.
+            upto: the id that the page reaches.
+            floor: the last id that retention may have removed, when the page was read.
+            hub_cursor: the hub's cursor now.
+        """
+        joining = self._joining.get(read.channels[0]) == read.after
+        if not joining and (self.state is State.LIVE or self._cursor != read.after):
+            return  # what was to be read has been discarded in the meantime
+        if 0 <= read.after < floor:
+            self.truncated = True
+        if joining:
+            (channel,) = read.channels
+            self._page = list(messages)
+            del self._joining[channel]
+            self._merge_or_join(channel, upto, hub_cursor)
+            return
+        self._page = [
+            message
+            for message in messages
+            if message.channel in self._channels
+            and message.id > self._ahead.get(message.channel, -1)
+        ]
+        # Channels that were merged while this page was being read are not in it.
+        for channel in self._channels.difference(read.channels):
+            self._channels.discard(channel)
+            self._joining[channel] = max(self._ahead.pop(channel, -1), read.after)
+        self._cursor = max(self._cursor, upto)
+        if self._cursor >= hub_cursor:
+            self.state = State.LIVE
+
+    def take(self) -> list[Message]:
+        """Everything that is held, in order; empty if nothing is."""
+        taken = self._page
+        if self._waiting:
+            taken = [*taken, *self._waiting]
+            self._waiting.clear()
+            self._waiting_bytes = 0
+        self._page = []
+        if self._ahead:
+            cursor = self._cursor
+            self._ahead = {name: id for name, id in self._ahead.items() if id > cursor}
+        return taken
+
+    def _merge_or_join(self, channel: str, start: int, hub_cursor: int) -> None:
+        reached = max(self._cursor, hub_cursor) if self.state is State.LIVE else self._cursor
+        if start >= reached:
+            self._channels.add(channel)
+            self._ahead[channel] = start
+        else:
+            self._joining[channel] = start

@@ -1,0 +1,133 @@
+"""A channel's history over REST."""
+
+# No postponed annotations here: FastAPI resolves those of the endpoint, which names what is local.
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import orjson
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+
+from pgchannels.errors import (
+    ConfigurationError,
+    DatabaseUnavailable,
+    InvalidChannel,
+    InvalidPosition,
+)
+from pgchannels.messages import Position, check_channel
+
+if TYPE_CHECKING:
+    from pgchannels.layer import HistoryPage, PostgresLayer
+
+__all__ = ["channels_router"]
+
+
+class Envelope(BaseModel):
+    """A message as clients get it, over REST and over sockets."""
+
+    id: int = Field(examples=[4711])
+    position: str = Field(examples=["1-4711"], description="opaque; `after=` it reads on from here")
+    channel: str = Field(examples=["room:1"])
+    created_at: datetime
+    data: dict[str, Any]
+
+
+class History(BaseModel):
+    """A page of messages."""
+
+    messages: list[Envelope]
+    next: str | None = Field(description="`after=` it (or `before=`, newest first) for more")
+    position: str = Field(description="the end of the log; subscribe after it to go on live")
+    truncated: bool = Field(description="messages that were asked for are no longer retained")
+
+
+def channels_router(
+    layer: "PostgresLayer", *, authorize: Callable[..., Any], **options: Any
+) -> APIRouter:
+    """Make a router with ``GET /{channel}/messages``.
+
+    Args:
+        layer: where the messages are.
+        authorize: a FastAPI dependency, with whatever parameters it needs (``channel: str`` is the
+            channel that is asked for). It allows by returning something true; anything else, None
+            too, is refused with 403. It may raise ``HTTPException`` itself. There is no default:
+            who may read what is the application's to say.
+        options: for :class:`fastapi.APIRouter`.
+
+    Raises:
+        ConfigurationError: if *authorize* cannot be called.
+    """
+    if not callable(authorize):
+        raise ConfigurationError(
+            "channels_router() needs authorize=, a dependency that says who may read a channel"
+        )
+    router = APIRouter(**{"tags": ["channels"], **options})
+
+    # A channel's name may hold slashes; "messages" is what ends the path.
+    @router.get("/{channel:path}/messages", response_model=History)
+    async def messages(
+        request: Request,
+        channel: Annotated[str, Path(description="the channel's name")],
+        allowed: Annotated[Any, Depends(authorize)],
+        after: Annotated[str | None, Query(description="only messages after this position")] = None,
+        before: Annotated[str | None, Query(description="only messages before it")] = None,
+        order: Annotated[
+            Literal["asc", "desc"], Query(description="oldest first, or newest first")
+        ] = "asc",
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    ) -> Response:
+        """Read the messages that a channel retains."""
+        if not allowed:
+            raise HTTPException(403, "you may not read this channel")
+        _check("path", "channel", check_channel, channel)
+        for name, value in (("after", after), ("before", before)):
+            if value is not None:
+                _check("query", name, Position.parse, value)
+        try:
+            page = await layer.history(
+                channel, after=after, before=before, order=order, limit=limit
+            )
+        except InvalidPosition as error:
+            name = "after" if str(error.position) == after else "before"
+            raise _unprocessable("query", name, error) from error
+        except DatabaseUnavailable as error:
+            raise HTTPException(
+                503, "the database is not available", {"Retry-After": "1"}
+            ) from error
+        headers = {"Cache-Control": "no-store"}
+        if page.next is not None:
+            cursor = {"after" if order == "asc" else "before": str(page.next)}
+            headers["Link"] = f'<{request.url.include_query_params(**cursor)}>; rel="next"'
+        return Response(_body(page), media_type="application/json", headers=headers)
+
+    return router
+
+
+def _body(page: "HistoryPage") -> str:
+    # Put together as text, so that the payloads pass through unparsed.
+    messages = ",".join(message.envelope for message in page.messages)
+    rest = {
+        "next": None if page.next is None else str(page.next),
+        "position": str(page.position),
+        "truncated": page.truncated,
+    }
+    return f'{{"messages":[{messages}],{orjson.dumps(rest).decode()[1:]}'
+
+
+def _check(where: str, name: str, check: Callable[[str], object], value: str) -> None:
+    try:
+        check(value)
+    except (InvalidChannel, InvalidPosition) as error:
+        raise _unprocessable(where, name, error) from error
+
+
+def _unprocessable(
+    where: str, name: str, error: InvalidChannel | InvalidPosition
+) -> RequestValidationError:
+    # As FastAPI itself says it, so that clients need one way to read what was wrong.
+    return RequestValidationError(
+        [{"type": "value_error", "loc": (where, name), "msg": str(error), "input": None}]
+    )
