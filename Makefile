@@ -34,10 +34,10 @@ check: $(DEV) ## lint, format, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	@if command -v node >/dev/null; then \
-	    echo "$(BIN)/pyright --verifytypes pgchannels"; \
-	    $(BIN)/pyright --verifytypes pgchannels --ignoreexternal; \
+	    echo "$(BIN)/pyright"; \
+	    $(BIN)/pyright --pythonpath $(BIN)/python; \
 	else \
-	    echo "SKIPPED: pyright --verifytypes (node is not on PATH)"; \
+	    echo "SKIPPED: pyright (node is not on PATH)"; \
 	fi
 
 format: $(DEV) ## format the code, and fix what can be fixed

@@ -1,7 +1,8 @@
 """Alembic's environment for pgchannels' own schema.
 
-Serves ``alembic upgrade head`` in a checkout and ``pgchannels migrate`` from an installed wheel. The
-version table lies inside the schema, so that nothing here ever meets the host application's Alembic.
+Serves ``alembic upgrade head`` in a checkout and ``pgchannels migrate`` from an installed wheel.
+The version table lies inside the schema, so that nothing here ever meets the host application's
+Alembic.
 
 The database comes from a connection in ``config.attributes`` (what ``pgchannels.migrate`` does),
 from ``-x url=…``, or from ``PGCHANNELS_DATABASE_URL``; the schema from ``-x schema=…`` or

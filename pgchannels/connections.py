@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 if TYPE_CHECKING:
-    from asyncpg import Connection, Pool, Record
+    from asyncpg import Connection, Pool
 
 __all__ = ["connect", "create_pool"]
 
 
-async def connect(dsn: str, *, role: str, timeout: float = 10.0) -> Connection[Record]:
+async def connect(dsn: str, *, role: str, timeout: int = 10) -> Connection:
     """Open one connection in autocommit and READ COMMITTED, whatever the server's defaults.
 
     Args:
         dsn: a libpq URL.
         role: what it is for; shows in ``pg_stat_activity.application_name``.
-        timeout: seconds to be connected in, and for a statement unless it says otherwise.
+        timeout: seconds to be connected in.
     """
-    connection: Connection[Record] = await asyncpg.connect(dsn, timeout=timeout)
+    connection: Connection = await asyncpg.connect(dsn, timeout=timeout)
     try:
         await _prepare(connection, role)
     except BaseException:
@@ -29,12 +29,10 @@ async def connect(dsn: str, *, role: str, timeout: float = 10.0) -> Connection[R
     return connection
 
 
-def create_pool(
-    dsn: str, *, size: int, command_timeout: float, timeout: float = 10.0
-) -> Pool[Record]:
+def create_pool(dsn: str, *, size: int, command_timeout: float, timeout: int = 10) -> Pool:
     """Describe a pool; it connects when it is awaited or entered."""
 
-    async def init(connection: Connection[Record]) -> None:
+    async def init(connection: Connection) -> None:
         await _prepare(connection, "pool")
 
     return asyncpg.create_pool(
@@ -50,7 +48,7 @@ def create_pool(
     )
 
 
-async def _prepare(connection: Connection[Record], role: str) -> None:
+async def _prepare(connection: Connection, role: str) -> None:
     # By statement rather than as start-up parameters, which poolers refuse. The server drops a
     # client that has vanished from the network within about half a minute.
     await connection.execute(
@@ -63,5 +61,5 @@ async def _prepare(connection: Connection[Record], role: str) -> None:
     )
 
 
-async def _leave(connection: Connection[Record]) -> None:
+async def _leave(connection: Connection) -> None:
     """Leave the session as it is."""

@@ -1,9 +1,9 @@
 """One reader of the log for all subscribers of a node.
 
 The hub's promise, on which :mod:`pgchannels.subscription` builds: every message with an id above
-:attr:`Hub.cursor` will be offered, in order, to each stream that was registered for its channel when
-the cursor passed it. Each is read and encoded once, however many streams get it, and no stream is
-ever waited for.
+:attr:`Hub.cursor` will be offered, in order, to each subscriber that is registered for its channel
+when the cursor passes it. Each is read and encoded once, however many get it, and none is ever
+waited for.
 """
 
 from __future__ import annotations
@@ -88,7 +88,12 @@ class Hub:
         """A notification came. Anyone can send one, so it is at most a reason to look."""
         if not (payload.isascii() and payload.isdecimal() and len(payload) <= 19):
             logger.debug("a notification that is no hint: %.40r", payload)
-        elif int(payload) > self.cursor:
+        else:
+            self.reached(int(payload))
+
+    def reached(self, head: int) -> None:
+        """The log may have grown to *head*."""
+        if head > self.cursor:
             self._look.set()
 
     def look(self) -> None:

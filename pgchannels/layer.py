@@ -48,7 +48,7 @@ class HistoryPage:
 
     messages: list[Message]
     next: Position | None
-    """Where the next page begins (``after=`` it, or ``before=`` it if newest first); None: no more."""
+    """Where more begins: ``after=`` it, or ``before=`` it if newest first. None: no more."""
     position: Position
     """The end of the log when this was read. To go on live from the newest page without a gap or a
     repeat, subscribe after this."""
@@ -69,7 +69,7 @@ class PostgresLayer:
     where the loop runs.
 
     Args:
-        settings: a database URL, or all :class:`~pgchannels.Settings`; from the environment if None.
+        settings: a database URL, or :class:`~pgchannels.Settings`; from the environment if None.
     """
 
     def __init__(self, settings: Settings | str | None = None) -> None:
@@ -103,7 +103,7 @@ class PostgresLayer:
             self._node = node
 
     async def close(self) -> None:
-        """Publish what is being published, end every stream and task. Closing twice does nothing."""
+        """Finish what is being published, end every stream and task. Again: does nothing."""
         node, self._node = self._node, None
         if node is not None:
             await node.stop()
@@ -214,7 +214,7 @@ class PostgresLayer:
         )
 
     def wake(self) -> None:
-        """Something was committed to the outbox: sequence it soon. From any thread; never raises."""
+        """Something was committed to the outbox: sequence it. From any thread; never raises."""
         node = self._node
         if node is not None:
             node.wake()
@@ -237,7 +237,7 @@ class _Node:
     """What a layer has while it is open."""
 
     def __init__(self, settings: Settings) -> None:
-        id = uuid4()  # noqa: A001
+        id = uuid4()
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
         self.streams: set[Stream] = set()
@@ -245,7 +245,10 @@ class _Node:
         self.hub = Hub(settings, Session(settings, "hub"), self.store)
         sequencing = Session(settings, "sequencer")
         self._sequencer = Sequencer(
-            settings, sequencing, Lease(sequencing, "sequencer", id, settings.lease_time)
+            settings,
+            sequencing,
+            Lease(sequencing, "sequencer", id, settings.lease_time),
+            sealed=self.hub.reached,
         )
         pruning = Session(settings, "pruner")
         # It works only now and then, and keeps the lease in between.
@@ -298,7 +301,7 @@ async def _supervise(name: str, run: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
             await run()
-        except Exception:  # noqa: BLE001 - the last line of defence; the log has it all
+        except Exception:
             delay = backoff.next()
             logger.exception("the %s failed; it is started again in %.1f s", name, delay)
             await asyncio.sleep(delay)

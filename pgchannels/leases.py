@@ -1,7 +1,7 @@
-"""Leases: who does what only one node needs to do. A row each, with an end by the database's clock.
+"""Leases: who does what only one node needs to do. A row each, ending by the database's clock.
 
-A lease saves work, it does not protect: two nodes that both believe in holding one (a paused process)
-must do no harm. What needs to be exclusive takes a lock in the database.
+A lease saves work, it does not protect: two nodes that both believe in holding one (a process was
+paused, say) must do no harm. What needs to be exclusive takes a lock in the database.
 """
 
 from __future__ import annotations

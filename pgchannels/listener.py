@@ -25,7 +25,7 @@ from pgchannels.connections import connect
 from pgchannels.errors import DatabaseError, DatabaseUnavailable
 
 if TYPE_CHECKING:
-    from asyncpg import Connection, Record
+    from asyncpg import Connection
 
     from pgchannels.settings import Settings
     from pgchannels.store import Store
@@ -114,7 +114,7 @@ class Listener:
             return False
         return True
 
-    async def _heartbeat(self, connection: Connection[Record]) -> None:
+    async def _heartbeat(self, connection: Connection) -> None:
         interval = self._settings.heartbeat_interval
         row = await connection.fetchrow(_HEARTBEAT, timeout=interval)
         assert row is not None

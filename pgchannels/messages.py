@@ -7,6 +7,7 @@ text into what a socket gets, and only a reader that looks inside pays for parsi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -105,18 +106,15 @@ def check_ttl(ttl: float | timedelta | None) -> timedelta | None:
     """
     if ttl is None:
         return None
-    if not isinstance(ttl, timedelta):
-        if not isinstance(ttl, (int, float)) or not 0 < ttl <= _MAX_TTL.total_seconds():
-            raise InvalidMessage(f"invalid ttl {ttl!r}: expected seconds, more than 0")
-        ttl = timedelta(seconds=ttl)
-    if not timedelta(0) < ttl <= _MAX_TTL:
+    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+    if not 0 < seconds <= _MAX_TTL.total_seconds():
         raise InvalidMessage(f"invalid ttl {ttl}: it must be more than 0 and at most 100 years")
-    return ttl
+    return timedelta(seconds=seconds)
 
 
 def _has_nonfinite(value: object) -> bool:
     if isinstance(value, float):
-        return value != value or value in (float("inf"), float("-inf"))
+        return not math.isfinite(value)
     if isinstance(value, dict):
         return any(map(_has_nonfinite, value.values()))
     if isinstance(value, (list, tuple)):
@@ -146,14 +144,15 @@ class Position(NamedTuple):
         Raises:
             InvalidPosition: for anything else. Whether the log knows it shows when it is used.
         """
-        if isinstance(text, Position):
-            return text
-        if text == "0":
+        given: object = text  # it may come from anywhere
+        if isinstance(given, Position):
+            return given
+        if given == "0":
             return BEGINNING
-        match = _POSITION.fullmatch(text) if isinstance(text, str) else None
-        if match is None or (id := int(match[2])) > _MAX_ID:
-            raise InvalidPosition(text)
-        return cls(int(match[1]), id)
+        match = _POSITION.fullmatch(given) if isinstance(given, str) else None
+        if match is None or int(match[2]) > _MAX_ID:
+            raise InvalidPosition(given)
+        return cls(int(match[1]), int(match[2]))
 
 
 BEGINNING = Position(0, 0)
@@ -170,7 +169,7 @@ class Message(Mapping[str, Any]):
 
     def __init__(
         self,
-        id: int,  # noqa: A002 - the field's name for it
+        id: int,
         channel: str,
         payload: str,
         created_at: datetime,
@@ -203,12 +202,13 @@ class Message(Mapping[str, Any]):
             InvalidPayload: if the text is valid for PostgreSQL but not for orjson (nested deeper
                 than 1024 levels); only SQL can have published such a text.
         """
-        if self._data is None:
+        data = self._data
+        if data is None:
             try:
-                self._data = orjson.loads(self.payload)
+                data = self._data = orjson.loads(self.payload)
             except orjson.JSONDecodeError as error:
                 raise InvalidPayload(f"message {self.id} cannot be parsed: {error}") from error
-        return self._data
+        return data
 
     @property
     def envelope(self) -> str:

@@ -35,10 +35,13 @@ __all__ = ["install", "publish"]
 
 logger = logging.getLogger("pgchannels.orm")
 
-AnySession: TypeAlias = "Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]"
+AnySession: TypeAlias = Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]
 Target: TypeAlias = (
-    "type[Session] | type[AsyncSession] | sessionmaker[Any] | async_sessionmaker[Any]"
-    " | scoped_session[Any]"
+    type[Session]
+    | type[AsyncSession]
+    | sessionmaker[Any]
+    | async_sessionmaker[Any]
+    | scoped_session[Any]
 )
 
 # In Session.info: something was published that has not been committed yet.

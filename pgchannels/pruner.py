@@ -132,7 +132,7 @@ class Pruner:
     ) -> None:
         table = in_schema(f"pgchannels.{name}", self._settings.schema_name)
         log = in_schema("pgchannels.messages", self._settings.schema_name)
-        # A detach that was interrupted can only be finished (manual, ALTER TABLE, DETACH PARTITION).
+        # A detach that was interrupted can only be finished (manual, ALTER TABLE).
         how = "finalize" if detaching else "concurrently"
         try:
             await self._session.execute(f"set lock_timeout = '{_LOCK_TIMEOUT}'")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pgchannels.backoff import Backoff
@@ -31,9 +32,19 @@ class Sequencer:
         settings: how much at a time, how often to look.
         session: a connection of its own.
         lease: whoever holds it polls.
+        sealed: called with the new head of the log after each batch; this node need not wait for
+            its own notification.
     """
 
-    def __init__(self, settings: Settings, session: Session, lease: Lease) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        session: Session,
+        lease: Lease,
+        *,
+        sealed: Callable[[int], None],
+    ) -> None:
+        self._sealed = sealed
         self._settings = settings
         self._session = session
         self._lease = lease
@@ -67,6 +78,7 @@ class Sequencer:
             if not sealed:
                 return moved
             moved += sealed
+            self._sealed(head)
             # A transaction of its own: within the batch's, NOTIFY would hold its cluster-wide lock
             # over the flush of the WAL. If this process dies here, the nodes' polls find the batch.
             await self._session.notify(self._settings.schema_name, str(head))

@@ -1,7 +1,7 @@
-"""Executes the queries of ``sql/queries.sql``; nothing else does. Wraps the driver's errors, once.
+"""Executes the queries of ``sql/queries.sql``; nothing else does. Wraps driver errors, once.
 
-A :class:`Store` runs them on a pool, a :class:`Session` on one connection of its own, remade when it
-breaks: the hub and the sequencer each have one, so that no crowd at the pool delays them.
+A :class:`Store` runs them on a pool, a :class:`Session` on one connection of its own, remade when
+it breaks: the hub and the sequencer each have one, so that no crowd at the pool delays them.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def _driver_errors() -> Iterator[None]:
             f"PostgreSQL is not available: {reason}", getattr(error, "sqlstate", None)
         ) from error
     except asyncpg.PostgresError as error:
-        raise DatabaseError(f"PostgreSQL refused a statement: {error}", error.sqlstate) from error
+        raise DatabaseError(
+            f"PostgreSQL refused a statement: {error}", getattr(error, "sqlstate", None)
+        ) from error
 
 
 class Queries:
@@ -173,7 +175,7 @@ class Store(Queries):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._pool: Pool[Record] | None = None
+        self._pool: Pool | None = None
 
     async def open(self) -> None:
         """Connect, and look whether the schema is the one that this code works on.
@@ -226,10 +228,11 @@ class Store(Queries):
         with _driver_errors():
             async with self._pool.acquire() as connection:
                 try:
-                    return await connection.fetch(sql, *arguments)
+                    rows: list[Record] = await connection.fetch(sql, *arguments)
                 except asyncpg.ReadOnlySQLTransactionError:
                     connection.terminate()  # or the pool would lend it out again and again
                     raise
+        return rows
 
 
 class Session(Queries):
@@ -238,7 +241,7 @@ class Session(Queries):
     def __init__(self, settings: Settings, role: str) -> None:
         super().__init__(settings)
         self._role = role
-        self._connection: Connection[Record] | None = None
+        self._connection: Connection | None = None
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -265,14 +268,15 @@ class Session(Queries):
         with _driver_errors():
             connection = await self._connected()
             try:
-                return await connection.fetch(
+                rows: list[Record] = await connection.fetch(
                     sql, *arguments, timeout=self._settings.command_timeout
                 )
             except _UNAVAILABLE:
                 connection.terminate()
                 raise
+        return rows
 
-    async def _connected(self) -> Connection[Record]:
+    async def _connected(self) -> Connection:
         if self._connection is None or self._connection.is_closed():
             self._connection = await connect(self._settings.listen_dsn, role=self._role)
         return self._connection

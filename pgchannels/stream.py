@@ -179,7 +179,7 @@ class Stream:
 
     async def _replay(self, read: Read) -> None:
         backoff = Backoff()
-        while not self._closed:
+        while True:
             try:
                 page = await self._hub.replay(read.channels, read.after)
             except (DatabaseUnavailable, ChannelLayerClosed) as error:

@@ -27,7 +27,7 @@ def in_schema(sql: str, schema: str) -> str:
 @cache
 def load_queries(schema: str) -> dict[str, str]:
     """Return the queries by name, for tables in *schema*."""
-    text = files(__package__).joinpath("queries.sql").read_text(encoding="utf-8")
+    text = files("pgchannels.sql").joinpath("queries.sql").read_text(encoding="utf-8")
     _, *parts = _NAME.split(text)
     named = zip(parts[::2], parts[1::2], strict=True)
     return {name: in_schema(sql.strip().removesuffix(";"), schema) for name, sql in named}

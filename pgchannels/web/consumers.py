@@ -46,12 +46,12 @@ class JsonConsumer:
         class Room(JsonConsumer):
             async def connect(self) -> None:
                 await self.accept()
-                await self.join(f"room:{self.path_params['room']}", after=self.query_params.get("after"))
+                await self.join("room:1", after=self.query_params.get("after"))
 
             async def receive_json(self, content: Any) -> None:
-                await self.layer.send(f"room:{self.path_params['room']}", content)
+                await self.layer.send("room:1", content)
 
-        app.add_api_websocket_route("/rooms/{room}", Room.as_endpoint(layer))
+        app.add_api_websocket_route("/room", Room.as_endpoint(layer))
 
     The messages of the groups that it joined go to the client as they are in the log, as
     ``{"id", "position", "channel", "created_at", "data"}``, in one order over all groups that are
