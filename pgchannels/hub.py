@@ -56,6 +56,7 @@ class Hub:
         self._grown = False
         self._look = asyncio.Event()
         self._replays: dict[tuple[tuple[str, ...], int], asyncio.Task[LogPage]] = {}
+        self._listening = False
         self.cursor = 0
         self.epoch = 1
 
@@ -96,9 +97,15 @@ class Hub:
         if head > self.cursor:
             self._look.set()
 
-    def look(self) -> None:
-        """Read on, hint or not."""
+    def connected(self) -> None:
+        """Hints come in from now on; those before now may have been lost, so look."""
+        self._listening = True
         self._look.set()
+
+    def disconnected(self) -> None:
+        """No hint can be counted on."""
+        self._listening = False
+        self._look.set()  # and with it, a shorter poll interval
 
     async def replay(self, channels: tuple[str, ...], after: int) -> LogPage:
         """Read a page for a subscriber. Those who ask for the same one share it.
@@ -124,7 +131,8 @@ class Hub:
         """Look at every hint, and every poll interval without one."""
         backoff = Backoff()
         while True:
-            hinted = await self._hinted_within(self._settings.poll_interval)
+            interval = self._settings.poll_interval
+            hinted = await self._hinted_within(interval if self._listening else interval / 10)
             before = self.cursor
             try:
                 await self._catch_up()

@@ -256,7 +256,11 @@ class _Node:
         self._pruner = Pruner(settings, pruning, Lease(pruning, "pruner", id, pruning_time))
         self.publisher = Publisher(self.store, self._sequencer.wake)
         self.listener = Listener(
-            settings, self.store, on_hint=self.hub.hint, on_connected=self.hub.look
+            settings,
+            self.store,
+            on_hint=self.hub.hint,
+            on_connected=self.hub.connected,
+            on_disconnected=self.hub.disconnected,
         )
 
     async def start(self) -> None:

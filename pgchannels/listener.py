@@ -1,8 +1,8 @@
 """The one connection that LISTENs: hints come in here, and the news that they may have been lost.
 
 A hint is never more than a reason to look, so the contract with the hub is small: ``on_hint(text)``
-for each notification, ``on_connected()`` whenever notifications flow (again) after a time in which
-they did not. Catching up after ``on_connected()`` leaves no gap, because LISTEN came before it.
+for each notification, ``on_connected()`` when they begin to come in, ``on_disconnected()`` when
+they no longer do. Catching up after ``on_connected()`` leaves no gap: LISTEN came before it.
 
 asyncpg would go on believing in a dead connection: it sets no keepalive and does not see a
 half-open socket. So every few seconds a query on this very connection asks whether the server still
@@ -49,6 +49,7 @@ class Listener:
         store: sends the notifications that make the round trip, on a connection of its own.
         on_hint: called with the payload of each notification.
         on_connected: called each time that listening begins (anew).
+        on_disconnected: called each time that it has ended.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Listener:
         *,
         on_hint: Callable[[str], None],
         on_connected: Callable[[], None],
+        on_disconnected: Callable[[], None],
         backoff: Backoff | None = None,
     ) -> None:
         self._settings = settings
         self._store = store
         self._on_hint = on_hint
         self._on_connected = on_connected
+        self._on_disconnected = on_disconnected
         self._backoff = backoff or Backoff()
         self._echo_channel = f"{settings.schema_name}.{uuid4().hex}"
         self._echo = asyncio.Event()
@@ -82,12 +85,11 @@ class Listener:
                 asyncpg.PostgresError,
                 asyncpg.InterfaceError,
                 OSError,
-            ) as e:
+            ) as error:
                 delay = self._backoff.next()
-                logger.warning("not listening, retry in %.1f s: %s", delay, e or type(e).__name__)
+                reason = str(error) or type(error).__name__
+                logger.warning("not listening, retry in %.1f s: %s", delay, reason)
                 await asyncio.sleep(delay)
-            finally:
-                self.healthy = False
 
     async def _listen(self) -> None:
         connection = await connect(self._settings.listen_dsn, role="listener")
@@ -104,6 +106,9 @@ class Listener:
                 await self._heartbeat(connection)
             raise _Deaf("the connection was closed")
         finally:
+            if self.healthy:
+                self.healthy = False
+                self._on_disconnected()
             connection.terminate()
 
     async def _is_lost_within(self, seconds: float) -> bool:
