@@ -1,5 +1,50 @@
-"""``pgchannels``: migrate, prune, demo."""
+"""The ``pgchannels`` command: what comes out of it, and with which exit code.
+
+The commands themselves are in `pgchannels.commands`. Results go to stdout, errors to stderr, as one
+line each. The exit code is 0 for success; 1 if it could not be done, or if what was checked is not
+so; 2 if it was asked for in a way that cannot work.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pgchannels.errors import ConfigurationError, PGChannelsError, SchemaError
+
+__all__ = ["main"]
 
 
 def main() -> None:
-    raise SystemExit("not yet")
+    """Run the command line. Always leaves by ``SystemExit``."""
+    try:
+        from pgchannels.commands import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        _fail(f"{error.name} is not installed: pip install 'pgchannels[cli]'", 2)
+        return
+    try:
+        app()
+    except SchemaError as error:
+        # The state of a database, rather than of what was asked for.
+        _fail(error, 1)
+    except ConfigurationError as error:
+        _fail(error, 2)
+    except (PGChannelsError, OSError) as error:
+        _fail(error, 1)
+    except Exception as error:
+        if not _is_of_database(error):
+            raise
+        # SQLAlchemy puts the statement below what the server says; its driver's error does not.
+        _fail(getattr(error, "orig", None) or error, 1)
+
+
+def _is_of_database(error: Exception) -> bool:
+    # By name, because the drivers are imported where they are used, and nowhere else.
+    return type(error).__module__.partition(".")[0] in ("alembic", "asyncpg", "sqlalchemy")
+
+
+def _fail(reason: object, code: int) -> None:
+    line = " ".join(str(reason).split()) or type(reason).__name__
+    print(f"pgchannels: {line}", file=sys.stderr)
+    sys.exit(code)

@@ -26,7 +26,11 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="PGCHANNELS_", env_file=".env", extra="ignore", frozen=True
+        env_prefix="PGCHANNELS_",
+        env_file=".env",
+        env_parse_none_str="none",
+        extra="ignore",
+        frozen=True,
     )
 
     database_url: SecretStr | None = None
@@ -75,7 +79,7 @@ class Settings(BaseSettings):
     """Bytes of payload that may, likewise."""
 
     retention: timedelta | None = timedelta(days=7)
-    """How long messages are kept; None for ever."""
+    """How long messages are kept; None (in the environment: ``none``) for ever."""
 
     prune_interval: Seconds = 60.0
     """How often the pruner looks for work."""
@@ -100,7 +104,7 @@ class Settings(BaseSettings):
     @classmethod
     def _positive(cls, value: timedelta | None) -> timedelta | None:
         if value is not None and value <= timedelta(0):
-            raise ValueError("must be positive, or empty to keep messages for ever")
+            raise ValueError("must be positive, or 'none' to keep messages for ever")
         return value
 
     @property

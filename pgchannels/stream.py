@@ -58,6 +58,7 @@ class Stream:
         )
         self._wakeup: asyncio.Future[None] | None = None
         self._ready: deque[Message] = deque()
+        self._entered = False
         self._closed = False
         self._error: BaseException | None = None
 
@@ -81,6 +82,7 @@ class Stream:
         return len(self._subscription) + len(self._ready)
 
     async def __aenter__(self) -> Self:
+        self._entered = True
         self._streams.add(self)
         try:
             await self._add(self._initial, self._after)
@@ -132,7 +134,12 @@ class Stream:
 
         Raises:
             ChannelLayerClosed: when the stream or its layer has been closed.
+            RuntimeError: outside of ``async with``, or while another task waits here.
         """
+        if not self._entered:
+            raise RuntimeError("enter the stream first: async with layer.subscribe(…) as messages")
+        if self._wakeup is not None:
+            raise RuntimeError("another task is waiting on this stream; each needs one of its own")
         subscription = self._subscription
         while not self._closed:
             read = subscription.next_read()

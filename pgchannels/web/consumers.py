@@ -39,6 +39,9 @@ INTERNAL_ERROR = 1011
 SERVICE_RESTART = 1012
 ABNORMAL = 1006
 
+# Seconds that disconnect() may take.
+DISCONNECT_TIME = 5.0
+
 
 class JsonConsumer:
     """One socket that speaks JSON. Subclass it and override what you need::
@@ -94,7 +97,10 @@ class JsonConsumer:
         """The client has sent *content*."""
 
     async def disconnect(self, code: int) -> None:
-        """The socket is closed, by either side; 1006 if the connection just broke."""
+        """The socket is closed, by either side; *code* is 1006 if the connection just broke.
+
+        Called exactly once, whatever happened; cut off after five seconds.
+        """
 
     async def forward(self, message: Message) -> None:
         """A group that was joined has a message. Sends its envelope."""
@@ -197,7 +203,7 @@ class JsonConsumer:
                 return int(received.get("code") or ABNORMAL)
             text = received.get("text")
             try:
-                content = orjson.loads(received["bytes"] if text is None else text)
+                content = orjson.loads(received.get("bytes") if text is None else text)
             except orjson.JSONDecodeError as error:
                 await self._send_error("invalid_json", str(error))
             else:
@@ -236,4 +242,6 @@ class JsonConsumer:
                 await self.close(code)
         except (RuntimeError, WebSocketDisconnect):
             logger.debug("the socket was gone before it could be closed")
-        await self.disconnect(code)
+        # Also when the server cancels: what disconnect() has to put in order must be.
+        with anyio.move_on_after(DISCONNECT_TIME, shield=True):
+            await self.disconnect(code)

@@ -1,0 +1,202 @@
+"""The commands of the command line: ``migrate``, ``prune``, ``demo``.
+
+They raise what goes wrong; `pgchannels.cli` says it and turns it into an exit code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pgchannels import migrate
+from pgchannels.errors import ConfigurationError, SchemaError
+from pgchannels.pruner import Pruner, PruneReport
+from pgchannels.schema import NEEDED_REVISION, REVISIONS
+from pgchannels.settings import Settings
+from pgchannels.store import Session
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="pgchannels",
+    help="Durable messaging for FastAPI, inside the PostgreSQL that the application already has.",
+    epilog="Settings come from options, from PGCHANNELS_… variables, or from a .env file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="postgresql://user:password@host/database [PGCHANNELS_DATABASE_URL]"
+    ),
+]
+Schema = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The schema of the tables [PGCHANNELS_SCHEMA_NAME]"),
+]
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"pgchannels {version('pgchannels')}")
+        raise typer.Exit
+
+
+@app.command("migrate")
+def migrate_(
+    database_url: DatabaseUrl = None,
+    schema: Schema = None,
+    sql: Annotated[
+        bool, typer.Option("--sql", help="Print the script instead; needs no database.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit with 1 if not up to date.")
+    ] = False,
+) -> None:
+    """Create or upgrade the tables. Safe to run again, and on several machines at once."""
+    if sql and check:
+        raise ConfigurationError("--sql and --check exclude each other")
+    settings = _settings(database_url=database_url, schema_name=schema)
+    if sql:
+        typer.echo(migrate.script(settings), nl=False)
+        return
+    found = _revision(settings)
+    if found is not None and found not in REVISIONS:
+        raise SchemaError(settings.schema_name, found, NEEDED_REVISION, newer=True)
+    if found == NEEDED_REVISION:
+        typer.echo(f"schema {settings.schema_name!r} is up to date (revision {found})")
+    elif check:
+        raise SchemaError(settings.schema_name, found, NEEDED_REVISION)
+    else:
+        migrate.upgrade(settings)
+        before = "created" if found is None else f"migrated from revision {found}"
+        typer.echo(f"schema {settings.schema_name!r} {before}, now at revision {NEEDED_REVISION}")
+
+
+@app.command()
+def prune(
+    database_url: DatabaseUrl = None,
+    schema: Schema = None,
+    retention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help="Keep messages for this long, in ISO 8601: P7D, PT12H [PGCHANNELS_RETENTION]",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only count what would be removed.")
+    ] = False,
+) -> None:
+    """Remove what is past its retention, once. Nodes do it by themselves; this is for a schedule."""
+    settings = _settings(database_url=database_url, schema_name=schema, retention=retention)
+    found = _revision(settings)
+    if found != NEEDED_REVISION:
+        newer = found is not None and found not in REVISIONS
+        raise SchemaError(settings.schema_name, found, NEEDED_REVISION, newer=newer)
+    report = asyncio.run(_prune(settings, dry_run=dry_run))
+    _print_report(report, settings, dry_run=dry_run)
+    if report.problems:
+        for problem in report.problems:
+            typer.echo(f"pgchannels: not done this time: {problem}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    database_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Use this database, not a PostgreSQL of the demo's own."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the demo's own PostgreSQL keeps its data."),
+    ] = None,
+    port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65534, help="Of the first node; the second gets the next one. 0: any two."
+        ),
+    ] = 8000,
+    restart_after: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0, help="How long a node stays away that has been killed."
+        ),
+    ] = 8.0,
+) -> None:
+    """Run two servers on one PostgreSQL, with a page to place orders, chat, and kill servers."""
+    from pgchannels.demo import Demo
+
+    if database_url is not None and data_dir is not None:
+        raise ConfigurationError("--database-url and --data-dir exclude each other")
+    # PGCHANNELS_DATABASE_URL is not asked: trying the demo out must not write into a database that
+    # happens to be configured.
+    console = Console(soft_wrap=True, highlight=False)
+    Demo(
+        console, database_url=database_url, data_dir=data_dir, port=port, pause=restart_after
+    ).run()
+
+
+def _settings(**options: Any) -> Settings:
+    return Settings(**{name: value for name, value in options.items() if value is not None})
+
+
+def _revision(settings: Settings) -> str | None:
+    try:
+        return migrate.current(settings)
+    except ValueError as error:
+        # The driver's own words may quote a part of the password.
+        raise ConfigurationError(
+            "the database's URL cannot be read: in user names and passwords, characters such as "
+            "/ : @ % must be percent-encoded"
+        ) from error
+
+
+async def _prune(settings: Settings, *, dry_run: bool) -> PruneReport:
+    session = Session(settings, "prune")
+    try:
+        return await Pruner(settings, session).run_once(dry_run=dry_run)
+    finally:
+        await session.close()
+
+
+def _print_report(report: PruneReport, settings: Settings, *, dry_run: bool) -> None:
+    kept = "for ever" if settings.retention is None else f"for {settings.retention}"
+    title = f"pruned schema {settings.schema_name!r}, where messages are kept {kept}"
+    if dry_run:
+        title = f"DRY RUN, nothing was changed: {title.replace('pruned', 'would prune', 1)}"
+    table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(justify="right")
+    for field in fields(report):
+        if field.name == "problems":
+            continue
+        value = getattr(report, field.name)
+        count = len(value) if isinstance(value, list) else value
+        table.add_row(_LABELS.get(field.name, field.name.replace("_", " ")), str(count))
+    console = Console(highlight=False)
+    console.print(title, markup=False, soft_wrap=True)
+    console.print(table)
+
+
+_LABELS = {
+    "floor": "the log begins after id",
+    "messages_deleted": "messages deleted, past the retention",
+    "expired_deleted": "messages deleted, past their own time to live",
+    "stragglers": "stragglers published anew",
+}
