@@ -8,6 +8,7 @@ so; 2 if it was asked for in a way that cannot work.
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 from pgchannels.errors import ConfigurationError, PGChannelsError, SchemaError
 
@@ -19,12 +20,12 @@ def main() -> None:
     try:
         from pgchannels.commands import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
             raise
-        _fail(f"{error.name} is not installed: pip install 'pgchannels[cli]'", 2)
-        return
+        _fail(f"{missing} is not installed: pip install 'pgchannels[cli]'", 2)
     try:
-        app()
+        app(prog_name="pgchannels")
     except SchemaError as error:
         # The state of a database, rather than of what was asked for.
         _fail(error, 1)
@@ -44,7 +45,7 @@ def _is_of_database(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("alembic", "asyncpg", "sqlalchemy")
 
 
-def _fail(reason: object, code: int) -> None:
+def _fail(reason: object, code: int) -> NoReturn:
     line = " ".join(str(reason).split()) or type(reason).__name__
     print(f"pgchannels: {line}", file=sys.stderr)
     sys.exit(code)

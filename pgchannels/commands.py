@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pgchannels import migrate
-from pgchannels.errors import ConfigurationError, SchemaError
+from pgchannels.errors import ConfigurationError, DatabaseUnavailable, SchemaError
 from pgchannels.pruner import Pruner, PruneReport
 from pgchannels.schema import NEEDED_REVISION, REVISIONS
 from pgchannels.settings import Settings
@@ -45,15 +45,22 @@ Schema = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pgchannels {version('pgchannels')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     show_version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
-    if show_version:
-        typer.echo(f"pgchannels {version('pgchannels')}")
-        raise typer.Exit
+    pass
 
 
 @app.command("migrate")
@@ -102,7 +109,7 @@ def prune(
         bool, typer.Option("--dry-run", help="Only count what would be removed.")
     ] = False,
 ) -> None:
-    """Remove what is past its retention, once. Nodes do it by themselves; this is for a schedule."""
+    """Remove what is past its retention, once. Nodes do so too, by themselves."""
     settings = _settings(database_url=database_url, schema_name=schema, retention=retention)
     found = _revision(settings)
     if found != NEEDED_REVISION:
@@ -144,6 +151,8 @@ def demo(
 
     if database_url is not None and data_dir is not None:
         raise ConfigurationError("--database-url and --data-dir exclude each other")
+    if database_url is not None:
+        _revision(_settings(database_url=database_url))  # says what is wrong with it
     # PGCHANNELS_DATABASE_URL is not asked: trying the demo out must not write into a database that
     # happens to be configured.
     console = Console(soft_wrap=True, highlight=False)
@@ -165,6 +174,9 @@ def _revision(settings: Settings) -> str | None:
             "the database's URL cannot be read: in user names and passwords, characters such as "
             "/ : @ % must be percent-encoded"
         ) from error
+    except OSError as error:
+        reason = str(error) or type(error).__name__
+        raise DatabaseUnavailable(f"PostgreSQL cannot be reached: {reason}") from error
 
 
 async def _prune(settings: Settings, *, dry_run: bool) -> PruneReport:
@@ -177,9 +189,8 @@ async def _prune(settings: Settings, *, dry_run: bool) -> PruneReport:
 
 def _print_report(report: PruneReport, settings: Settings, *, dry_run: bool) -> None:
     kept = "for ever" if settings.retention is None else f"for {settings.retention}"
-    title = f"pruned schema {settings.schema_name!r}, where messages are kept {kept}"
-    if dry_run:
-        title = f"DRY RUN, nothing was changed: {title.replace('pruned', 'would prune', 1)}"
+    title = f"schema {settings.schema_name!r}, messages are kept {kept}"
+    title = f"Dry run, nothing was changed: {title}" if dry_run else f"Pruned: {title}"
     table = Table(show_header=False, box=None)
     table.add_column()
     table.add_column(justify="right")

@@ -77,6 +77,7 @@ class PostgresLayer:
             settings = Settings(database_url=settings)
         self.settings = settings or Settings()
         self._node: _Node | None = None
+        self._changing = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -97,16 +98,18 @@ class PostgresLayer:
             SchemaError: the database has not been migrated, or by a newer version.
             DatabaseUnavailable: the server cannot be reached.
         """
-        if self._node is None:
-            node = _Node(self.settings)
-            await node.start()
-            self._node = node
+        async with self._changing:
+            if self._node is None:
+                node = _Node(self.settings)
+                await node.start()
+                self._node = node
 
     async def close(self) -> None:
         """Finish what is being published, end every stream and task. Again: does nothing."""
-        node, self._node = self._node, None
-        if node is not None:
-            await node.stop()
+        async with self._changing:
+            node, self._node = self._node, None
+            if node is not None:
+                await node.stop()
 
     @property
     def is_listening(self) -> bool:

@@ -68,7 +68,8 @@ class Listener:
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
         self._backoff = backoff or Backoff()
-        self._echo_channel = f"{settings.schema_name}.{uuid4().hex}"
+        # A channel has 63 bytes at most, a schema's name up to 40.
+        self._echo_channel = f"{settings.schema_name}.{uuid4().hex[:16]}"
         self._echo = asyncio.Event()
         self._lost = asyncio.Event()
         self.healthy = False

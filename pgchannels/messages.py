@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime, timedelta
+from enum import Enum
 from typing import Any, NamedTuple
 
 import orjson
@@ -107,9 +109,11 @@ def check_ttl(ttl: float | timedelta | None) -> timedelta | None:
     if ttl is None:
         return None
     seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
-    if not 0 < seconds <= _MAX_TTL.total_seconds():
-        raise InvalidMessage(f"invalid ttl {ttl}: it must be more than 0 and at most 100 years")
-    return timedelta(seconds=seconds)
+    if 0 < seconds <= _MAX_TTL.total_seconds():
+        rounded = timedelta(seconds=seconds)
+        if rounded:  # to microseconds, as PostgreSQL counts
+            return rounded
+    raise InvalidMessage(f"invalid ttl {ttl}: it must be more than 0 and at most 100 years")
 
 
 def _has_nonfinite(value: object) -> bool:
@@ -119,8 +123,14 @@ def _has_nonfinite(value: object) -> bool:
         return any(map(_has_nonfinite, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(_has_nonfinite, value))
-    if fields := getattr(value, "__dataclass_fields__", None):
-        return any(_has_nonfinite(getattr(value, name, None)) for name in fields)
+    if isinstance(value, Enum):
+        return _has_nonfinite(value.value)
+    if is_dataclass(value):
+        # As orjson does: attributes that are no fields too, but none with a leading underscore.
+        names = {field.name for field in fields(value)}.union(getattr(value, "__dict__", ()))
+        return any(
+            _has_nonfinite(getattr(value, name, None)) for name in names if not name.startswith("_")
+        )
     return False
 
 

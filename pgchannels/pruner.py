@@ -93,30 +93,31 @@ class Pruner:
             # Ahead of time and first of all: without room in the log, nothing can be published.
             report.partitions_added = await self._value("add_partitions_ahead")
             report.stragglers = await self._value("requeue_stragglers")
-        await self._prune_by_age(report, dry_run=dry_run)
-        if dry_run:
-            report.expired_deleted = await self._value("count_expired", report.floor)
-        else:
-            report.expired_deleted = await self._in_chunks("delete_expired")
+        await self._prune(report, dry_run=dry_run)
         if report.stragglers:
             logger.error("%d stragglers found in the outbox and published anew", report.stragglers)
         if not dry_run:
             logger.debug("pruned: %s", report)
         return report
 
-    async def _prune_by_age(self, report: PruneReport, *, dry_run: bool) -> None:
+    async def _prune(self, report: PruneReport, *, dry_run: bool) -> None:
         floor = (await self._session.head()).floor
         overdue = 0
         if self._settings.retention is not None:
             floor = max(floor, await self._value("aged_through", self._settings.retention))
             overdue = await self._value("aged_through", self._settings.retention * _SLACK)
+            overdue = min(overdue, floor)  # a little later, with a retention of next to nothing
         report.floor = floor
         doomed = [p for p in await self._session.partitions() if p.end_id <= floor + 1]
         if dry_run:
+            leftovers = await self._session.fetch("leftovers")
             report.partitions_dropped = [partition.name for partition in doomed]
+            report.partitions_dropped += [row["name"] for row in leftovers]
             dropped_to = max((partition.end_id - 1 for partition in doomed), default=0)
+            gone = max(overdue, dropped_to)
             report.messages_deleted = await self._value("count_aged", overdue, dropped_to)
-            report.batches_deleted = await self._value("count_batches", floor)
+            report.expired_deleted = await self._value("count_expired", gone)
+            report.batches_deleted = await self._value("count_batches", overdue)
             return
         # Before anything goes: whoever still has it to read must be told that it has gone.
         await self._session.fetch("raise_floor", floor)
@@ -125,7 +126,9 @@ class Pruner:
         for row in await self._session.fetch("leftovers"):
             await self._drop(row["name"], report, attached=False)
         report.messages_deleted = await self._in_chunks("delete_aged", overdue)
-        report.batches_deleted = await self._in_chunks("delete_batches", floor)
+        report.expired_deleted = await self._in_chunks("delete_expired")
+        # Not up to the floor: when a batch was sealed says when its messages will be overdue.
+        report.batches_deleted = await self._in_chunks("delete_batches", overdue)
 
     async def _drop(
         self, name: str, report: PruneReport, *, attached: bool, detaching: bool = False

@@ -2,7 +2,7 @@
 
 Every node runs one. Each batch is exclusive by a lock inside ``seal()``, so any number of them may
 be at it. A node's sequencer works when its own process has published; the one that holds the lease
-also looks by itself, for publishers that are no nodes (psql, Celery, another language).
+also looks often, for publishers that are no nodes (psql, Celery, another language).
 """
 
 from __future__ import annotations
@@ -60,8 +60,12 @@ class Sequencer:
         while True:
             try:
                 polls = await self._lease.held()
-                interval = self._settings.outbox_poll_interval if polls else self._lease.renewal
-                await self._woken_within(interval)
+                # The others look now and then, lest all wait for a lease to run out whose holder
+                # has died.
+                settings = self._settings
+                await self._woken_within(
+                    settings.outbox_poll_interval if polls else settings.poll_interval
+                )
                 await self.run_once()
                 backoff.reset()
             except DatabaseError as error:

@@ -31,6 +31,8 @@ class Settings(BaseSettings):
         env_parse_none_str="none",
         extra="ignore",
         frozen=True,
+        # The cause of a ConfigurationError shows in tracebacks, and an input may hold a password.
+        hide_input_in_errors=True,
     )
 
     database_url: SecretStr | None = None
@@ -52,7 +54,7 @@ class Settings(BaseSettings):
     """Bytes of a payload's JSON text."""
 
     poll_interval: Seconds = 1.0
-    """How often a node looks for new messages without having been notified."""
+    """How often a node looks for new messages, and into the outbox, without having been told."""
 
     outbox_poll_interval: Seconds = 0.05
     """How often one node looks into the outbox for what was published outside of any node."""
@@ -61,7 +63,7 @@ class Settings(BaseSettings):
     """How often the listening connection is tried. A dead one is noticed within two of these."""
 
     lease_time: Seconds = 15.0
-    """For how long a node that died keeps polling and pruning from passing to another one."""
+    """For how long a node that died keeps its tasks (frequent polling, pruning) from others."""
 
     batch_size: int = Field(10_000, ge=1, le=100_000)
     """Messages that one transaction of the sequencer moves at most."""
@@ -99,6 +101,12 @@ class Settings(BaseSettings):
         if not _DRIVER.match(url):
             raise ValueError("expected a URL such as postgresql://user:password@host/database")
         return _DRIVER.sub("postgresql://", url, count=1)
+
+    @field_validator("retention", mode="before")
+    @classmethod
+    def _seconds(cls, value: object) -> object:
+        # The environment has only texts, and pydantic takes seconds as numbers only.
+        return float(value) if isinstance(value, str) and value.isdecimal() else value
 
     @field_validator("retention", mode="after")
     @classmethod

@@ -144,10 +144,22 @@ class Subscription:
             floor: the last id that retention may have removed, when the page was read.
             hub_cursor: the hub's cursor now.
         """
-        joining = self._joining.get(read.channels[0]) == read.after
+        # A page of several channels was asked for before any of them left to join again.
+        joining = len(read.channels) == 1 and self._joining.get(read.channels[0]) == read.after
         if not joining and (self.state is State.LIVE or self._cursor != read.after):
             return  # what was to be read has been discarded in the meantime
-        if 0 <= read.after < floor:
+        # Each by its own start: one that reads from the beginning has missed nothing, but another
+        # that is read along with it may have.
+        starts = (
+            [read.after]
+            if joining
+            else [
+                max(read.after, self._ahead.get(c, -1))
+                for c in self._channels
+                if c in read.channels
+            ]
+        )
+        if any(0 <= start < floor for start in starts):
             self.truncated = True
         if joining:
             (channel,) = read.channels

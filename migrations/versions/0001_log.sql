@@ -22,7 +22,8 @@ $$;
 -- A JSON object of at most 16 MiB without lone surrogates. The type json checks escapes for their
 -- form only ("\ud800" passes), and what cannot be decoded must not reach a reader. Most texts have
 -- no \u escape at all; of the others, those with a surrogate are looked at: escaped backslashes
--- taken out first (they may stand before a "u"), then whole pairs; a surrogate that is left is lone.
+-- are blanked first (they may stand before a "u"), then whole pairs; a surrogate that is left is
+-- lone. Blanked, not taken out, or the halves on either side would become neighbours.
 create function pgchannels.is_payload(payload json) returns boolean
 language sql immutable strict parallel safe
 as $$
@@ -31,8 +32,8 @@ as $$
        and (strpos(payload::text, '\u') = 0
             or payload::text !~ '\\u[dD][89a-fA-F]'
             or regexp_replace(
-                   replace(payload::text, '\\', ''),
-                   '\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}', '', 'g')
+                   replace(payload::text, '\\', ' '),
+                   '\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}', ' ', 'g')
                !~ '\\u[dD][89a-fA-F]')
 $$;
 
@@ -252,8 +253,9 @@ begin
     -- The delete and the recorded snapshot must be one statement: two have two snapshots, and what
     -- commits between them would be lost for good. The rows that have become visible since the
     -- previous batch are those of transactions that were in flight then or have begun since (PgQ's
-    -- rule). A batch that stops at its limit has not taken all that its snapshot could see, and so
-    -- records the previous one again.
+    -- rule). A batch that stops at its limit has not taken all that its snapshot could see, but all
+    -- of the transactions before the last one it took from. It records what that one could have
+    -- seen, so that the next batch begins there and does not walk over what this one has taken.
     with due as (
         (select o.ctid, o.xid, o.id
            from unnest(in_flight) f(xid)
@@ -275,7 +277,12 @@ begin
     )
     insert into pgchannels.batches (last_id, snapshot, epoch)
     select previous_id + count(*),
-           case when count(*) < max_messages then pg_current_snapshot() else previous end,
+           case when count(*) < max_messages then pg_current_snapshot()
+                else format('%s:%s:%s', least(pg_snapshot_xmin(pg_current_snapshot()), max(xid)), max(xid),
+                            (select string_agg(f.xid::text, ',' order by f.xid)
+                               from pg_snapshot_xip(pg_current_snapshot()) f(xid)
+                              where f.xid < max(taken.xid)))::pg_snapshot
+           end,
            coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1)
       from taken
     having count(*) > 0

@@ -15,7 +15,7 @@ __all__ = ["in_schema", "load_queries", "statements"]
 
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 _SCHEMA = re.compile(r"\bpgchannels\b(?=\.)")
-_STATEMENT = re.compile(r"(?:\$\$.*?\$\$|--[^\n]*|'[^']*'|[^;'])+", re.DOTALL)
+_STATEMENT = re.compile(r"""(?:\$\$.*?\$\$|--[^\n]*|'[^']*'|"[^"]*"|[^;'"])+""", re.DOTALL)
 
 
 def in_schema(sql: str, schema: str) -> str:

@@ -22,6 +22,10 @@ select pg_notify($1, $2);
 -- The messages of some channels after an id, oldest first, and the bounds of the log in the same
 -- snapshot: one row at least. A merge of one bounded page a channel, so that the cost does not
 -- depend on how much lies behind. $4 bounds the page's bytes; the message that crosses it is in.
+--
+-- "between" and "order by channel, id" leave the planner the index on (channel, id) alone. With
+-- "channel = …" and "order by id" it may walk the primary key and filter, expecting the channel all
+-- along it: for a quiet channel beside a few busy ones that is a walk over the whole log.
 with bounds as (
     select coalesce((select b.last_id from pgchannels.batches b order by b.last_id desc limit 1), 0) as head,
            coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1) as epoch,
@@ -35,9 +39,10 @@ select b.head, b.epoch, b.floor, p.id, p.channel, p.payload, p.created_at, p.siz
                 from unnest($1::text[]) c(channel)
                cross join lateral (
                    select m.* from pgchannels.messages m
-                    where m.channel = c.channel and m.id > greatest($2::bigint, b.floor)
+                    where m.channel between c.channel and c.channel
+                      and m.id > greatest($2::bigint, b.floor)
                       and (m.expires_at is null or m.expires_at > clock_timestamp())
-                    order by m.id limit $3) m
+                    order by m.channel, m.id limit $3) m
                order by m.id limit $3) m
   ) p on p.before < $4::bigint
  order by p.id;
@@ -54,9 +59,10 @@ select b.head, b.epoch, b.floor, p.id, p.channel, p.payload, p.created_at, p.siz
   left join lateral (
       select m.*, sum(m.size) over (order by m.id desc) - m.size as before
         from (select m.* from pgchannels.messages m
-               where m.channel = $1 and m.id < $2::bigint and m.id > greatest($5::bigint, b.floor)
+               where m.channel between $1 and $1
+                 and m.id < $2::bigint and m.id > greatest($5::bigint, b.floor)
                  and (m.expires_at is null or m.expires_at > clock_timestamp())
-               order by m.id desc limit $3) m
+               order by m.channel desc, m.id desc limit $3) m
   ) p on p.before < $4::bigint
  order by p.id desc;
 

@@ -203,7 +203,7 @@ class JsonConsumer:
                 return int(received.get("code") or ABNORMAL)
             text = received.get("text")
             try:
-                content = orjson.loads(received.get("bytes") if text is None else text)
+                content = orjson.loads(received.get("bytes") or b"" if text is None else text)
             except orjson.JSONDecodeError as error:
                 await self._send_error("invalid_json", str(error))
             else:

@@ -1,0 +1,378 @@
+"""What the database itself refuses and accepts, and how it plans the queries that run all the time.
+
+Whoever publishes, by whatever way, meets the functions and constraints that are tested here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import asyncpg
+import orjson
+import psycopg
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from psycopg.rows import scalar_row
+
+from pgchannels.errors import InvalidChannel
+from pgchannels.messages import check_channel
+from pgchannels.sql import load_queries
+
+MIB = 1024 * 1024
+QUERIES = load_queries("pgchannels")
+
+Connection = psycopg.Connection[Any]
+
+
+@pytest.fixture
+def connection(database_url: str) -> Iterator[Connection]:
+    with psycopg.connect(database_url, autocommit=True, row_factory=scalar_row) as connection:
+        yield connection
+
+
+def value(connection: Connection, sql: str, *arguments: object) -> Any:
+    return connection.execute(sql, arguments or None).fetchone()
+
+
+def accepted(name: str) -> bool:
+    try:
+        check_channel(name)
+    except InvalidChannel:
+        return False
+    return True
+
+
+class TestIsChannel:
+    def test_agrees_with_python_on_every_character(self, connection: Connection) -> None:
+        by_sql = value(
+            connection,
+            "select array_agg(c) from generate_series(1, 1114111) c"
+            " where c not between 55296 and 57343 and pgchannels.is_channel(chr(c))",
+        )
+        by_python = [
+            c for c in range(1, 0x110000) if not 0xD800 <= c <= 0xDFFF and accepted(chr(c))
+        ]
+        assert by_sql == by_python
+
+    @pytest.mark.parametrize("character", ["a", "é", "日", "🚀"])
+    @pytest.mark.parametrize("length", [0, 1, 199, 200, 201, 400])
+    def test_agrees_with_python_on_lengths(
+        self, connection: Connection, character: str, length: int
+    ) -> None:
+        name = character * length
+        assert value(connection, "select pgchannels.is_channel(%s)", name) is accepted(name)
+
+    @pytest.mark.parametrize("name", ["a b", "a\n", "\na", "a\nb", "ok\u200b", "a#"])
+    def test_looks_at_the_whole_name(self, connection: Connection, name: str) -> None:
+        assert value(connection, "select pgchannels.is_channel(%s)", name) is False
+
+
+# What strings of JSON are made of, with whatever could confuse a search for surrogates.
+pieces = st.sampled_from(
+    [
+        *[r"\ud83d", r"\uD83D", r"\udbff", r"\ud800"],  # high halves
+        *[r"\ude80", r"\uDE80", r"\udfff", r"\udc00"],  # low halves
+        *[r"\\", r"\"", r"\/", r"\n", r"\u0000", r"\u0041", r"\ud7ff", r"\ue000"],
+        *["u", "ud83d", "ude80", "d83d", "de80", "d", "8", " ", "é", "🚀"],
+    ]
+)
+strings = st.lists(pieces, max_size=7).map(lambda found: '"' + "".join(found) + '"')
+objects = st.lists(st.tuples(strings, strings), max_size=3).map(
+    lambda members: "{" + ", ".join(f"{key}: {text}" for key, text in members) + "}"
+)
+
+
+class TestIsPayload:
+    # The connection is shared by the examples of one test, and keeps nothing between them.
+    @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @example(r'{"a": "\ud83d\\\ude80"}')
+    @example(r'{"a": "\\ud83d"}')
+    @example(r'{"a": "\\\ud83d"}')
+    @example(r'{"a": "\ud83d\ud83d\ude80\ude80"}')
+    @example(r'{"a": "\ud83d", "b": "\ude80"}')
+    @given(text=objects)
+    def test_takes_what_readers_can_decode(self, connection: Connection, text: str) -> None:
+        try:
+            orjson.loads(text)
+        except orjson.JSONDecodeError:
+            decodable = False
+        else:
+            decodable = True
+        assert value(connection, "select pgchannels.is_payload(%s)", text) is decodable
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("{}", True),
+            (' {\n"a" : 1 }\t', True),
+            ("[]", False),
+            ('"{}"', False),
+            ("null", False),
+            ("1", False),
+        ],
+    )
+    def test_objects_only(self, connection: Connection, text: str, expected: bool) -> None:
+        assert value(connection, "select pgchannels.is_payload(%s)", text) is expected
+
+    def test_the_size_is_in_bytes(self, connection: Connection) -> None:
+        fits = '{"a":"' + "é" * (8 * MIB - 4) + '"}'
+        assert len(fits.encode()) == 16 * MIB
+        assert value(connection, "select pgchannels.is_payload(%s)", fits) is True
+        assert value(connection, "select pgchannels.is_payload(%s)", fits + " ") is False
+
+
+class TestPublish:
+    def test_puts_the_message_into_the_outbox_as_it_is(self, connection: Connection) -> None:
+        payload = ' {"text":   "hello\\u0041"}'
+        connection.execute("select pgchannels.publish('room:1', %s)", [payload])
+        assert value(connection, "select payload::text from pgchannels.outbox") == payload
+        assert value(connection, "select channel from pgchannels.outbox") == "room:1"
+        assert value(connection, "select expires_at is null from pgchannels.outbox") is True
+
+    def test_ttl(self, connection: Connection) -> None:
+        connection.execute("select pgchannels.publish('room:1', '{}', interval '1 hour')")
+        connection.execute("select pgchannels.publish('room:1', '{}', ttl => '1 hour')")
+        assert value(
+            connection,
+            "select bool_and(expires_at between created_at + '59 min' and created_at + '61 min')"
+            " from pgchannels.outbox",
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (("a b", "{}", None), "invalid channel name 'a b'"),
+            (("", "{}", None), "invalid channel name ''"),
+            ((None, "{}", None), "invalid channel name NULL"),
+            (("x" * 201, "{}", None), "invalid channel name"),
+            (("room", "[1]", None), "invalid payload: it is a JSON array"),
+            (("room", "null", None), "invalid payload: it is a JSON null"),
+            (("room", None, None), "invalid payload: it is NULL"),
+            (("room", r'{"a": "\ud800"}', None), "invalid payload: .* surrogate"),
+            (("room", r'{"a": "\ud83d\\\ude80"}', None), "invalid payload: .* surrogate"),
+            (("room", "{}", "0 s"), "invalid ttl"),
+            (("room", "{}", "-1 s"), "invalid ttl"),
+        ],
+    )
+    def test_refusals(
+        self, connection: Connection, arguments: tuple[Any, ...], complaint: str
+    ) -> None:
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match=complaint):
+            connection.execute(
+                "select pgchannels.publish(%s::text, %s::json, %s::interval)", arguments
+            )
+        assert value(connection, "select count(*) from pgchannels.outbox") == 0
+
+    def test_too_large(self, connection: Connection) -> None:
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match="more than 16 MiB"):
+            connection.execute(
+                "select pgchannels.publish('room', json_build_object('a', repeat('x', 16777216)))"
+            )
+
+    def test_no_json(self, connection: Connection) -> None:
+        with pytest.raises(psycopg.errors.InvalidTextRepresentation):
+            connection.execute("select pgchannels.publish('room', '{text: 1}')")
+
+    def test_whatever_the_search_path(self, connection: Connection) -> None:
+        connection.execute("create schema evil")
+        connection.execute(
+            "create function evil.char_length(text) returns int language sql return 1"
+        )
+        connection.execute("set search_path = evil, pg_catalog")
+        with pytest.raises(psycopg.errors.InvalidParameterValue):
+            connection.execute("select pgchannels.publish(repeat('x', 201), '{}')")
+
+    def test_in_a_read_only_transaction(self, connection: Connection) -> None:
+        connection.execute("set default_transaction_read_only = on")
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+            connection.execute("select pgchannels.publish('room', '{}')")
+
+
+@pytest.mark.parametrize(
+    ("channel", "payload", "error"),
+    [
+        ("a b", "{}", psycopg.errors.CheckViolation),
+        ("", "{}", psycopg.errors.CheckViolation),
+        ("room", "[]", psycopg.errors.CheckViolation),
+        ("room", r'{"a": "\ude80"}', psycopg.errors.CheckViolation),
+        ("room", r'{"a": "\ud83d\\\ude80"}', psycopg.errors.CheckViolation),
+        ("room", "{", psycopg.errors.InvalidTextRepresentation),
+        (None, "{}", psycopg.errors.NotNullViolation),
+        ("room", None, psycopg.errors.NotNullViolation),
+    ],
+)
+def test_the_outbox_refuses_likewise(
+    connection: Connection, channel: str | None, payload: str | None, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        connection.execute(
+            "insert into pgchannels.outbox (channel, payload) values (%s, %s)", [channel, payload]
+        )
+
+
+class TestSeal:
+    def test_only_in_read_committed(self, connection: Connection) -> None:
+        connection.execute("begin isolation level repeatable read")
+        with pytest.raises(psycopg.errors.InvalidTransactionState, match="REPEATABLE READ"):
+            connection.execute("select pgchannels.seal()")
+
+    def test_an_empty_outbox_makes_no_batch(self, connection: Connection) -> None:
+        assert value(connection, "select sealed from pgchannels.seal()") == 0
+        assert value(connection, "select head from pgchannels.seal()") == 0
+        assert value(connection, "select count(*) from pgchannels.batches") == 0
+
+    def test_a_snapshot_from_another_cluster_is_ignored(self, connection: Connection) -> None:
+        # As after a dump and restore: transaction ids have begun anew.
+        connection.execute("select pgchannels.publish('room', '{}')")
+        connection.execute("select pgchannels.seal()")
+        connection.execute("update pgchannels.batches set snapshot = '900000000:900000000:'")
+        connection.execute("select pgchannels.publish('room', '{}')")
+        assert value(connection, "select sealed from pgchannels.seal()") == 1
+        assert value(connection, "select max(id) from pgchannels.messages") == 2
+
+    def test_the_size_is_that_of_the_text(self, connection: Connection) -> None:
+        connection.execute("select pgchannels.publish('room', ' {\"a\": \"é🚀\" }')")
+        connection.execute("select pgchannels.seal()")
+        size = value(connection, "select size from pgchannels.messages")
+        assert size == len(' {"a": "é🚀" }'.encode())
+
+    def test_missing_partitions_are_made(self, connection: Connection) -> None:
+        small_partitions(connection, 10)
+        publish_many(connection, 95, channels=1, batch=20)
+        assert value(connection, "select count(*) from pgchannels.messages") == 95
+
+
+async def test_every_query_can_be_prepared(database_url: str) -> None:
+    connection = await asyncpg.connect(database_url)
+    try:
+        for sql in QUERIES.values():
+            await connection.prepare(sql)
+    finally:
+        await connection.close()
+
+
+def small_partitions(connection: Connection, size: int) -> None:
+    """Make an empty log's partitions hold *size* ids each."""
+    connection.execute("drop table pgchannels.messages_1")
+    connection.execute("update pgchannels.log set partition_size = %s, partitioned_to = 1", [size])
+
+
+def publish_many(connection: Connection, count: int, *, channels: int, batch: int) -> None:
+    connection.execute(
+        "insert into pgchannels.outbox (channel, payload)"
+        " select 'room:' || i %% %s, json_build_object('i', i) from generate_series(1, %s) i",
+        [channels, count],
+    )
+    while value(connection, "select sealed from pgchannels.seal(%s)", batch):
+        pass
+
+
+def oldest(scans: list[Any]) -> int:
+    """The first id of the oldest partition that was read."""
+    return min(int(node["Relation Name"].removeprefix("messages_")) for node in scans)
+
+
+def rows_read(scans: list[Any]) -> int:
+    """Rows that were looked at, those that a filter then removed included."""
+    return sum(
+        round((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"])
+        for node in scans
+    )
+
+
+class TestPlans:
+    """On 40 partitions of 500 messages: 50 busy channels take turns, one was heard of once."""
+
+    @pytest.fixture
+    def log(self, connection: Connection) -> Connection:
+        small_partitions(connection, 500)
+        connection.execute("select pgchannels.publish('quiet', '{}')")
+        publish_many(connection, 19_799, channels=50, batch=500)
+        connection.execute("analyze pgchannels.messages")
+        connection.execute("analyze pgchannels.batches")
+        return connection
+
+    # asyncpg's prepared statements get either, as the server sees fit.
+    @pytest.fixture(params=["force_custom_plan", "force_generic_plan"])
+    def mode(self, request: pytest.FixtureRequest) -> str:
+        mode: str = request.param
+        return mode
+
+    @staticmethod
+    def scans(connection: Connection, mode: str, query: str, *arguments: str) -> list[Any]:
+        """The nodes of the executed plan that read a partition of the log."""
+        connection.execute(f"set plan_cache_mode = {mode}")
+        connection.execute(f"prepare q as {QUERIES[query]}")
+        (plan,) = value(
+            connection, f"explain (analyze, format json) execute q({', '.join(arguments)})"
+        )
+        nodes = [plan["Plan"]]
+        found = []
+        while nodes:
+            node = nodes.pop()
+            nodes.extend(node.get("Plans", []))
+            if node.get("Relation Name", "").startswith("messages_") and node["Actual Loops"]:
+                found.append(node)
+        assert found
+        return found
+
+    def test_a_page_of_a_long_history(self, log: Connection, mode: str) -> None:
+        scans = self.scans(log, mode, "read_channels", "array['room:7']", "-1", "6", "1048576")
+        # Six, and the first one of each partition.
+        assert rows_read(scans) <= 6 + 40
+
+    def test_what_is_new_of_some_channels(self, log: Connection, mode: str) -> None:
+        scans = self.scans(
+            log, mode, "read_channels", "array['room:7', 'room:8']", "19600", "1000", "1048576"
+        )
+        assert oldest(scans) == 19_501
+        assert rows_read(scans) == 8
+
+    def test_a_page_of_a_quiet_channel(self, log: Connection, mode: str) -> None:
+        # Few channels, so a planner that goes by averages expects to find this one everywhere.
+        scans = self.scans(log, mode, "read_channels", "array['quiet']", "-1", "51", "1048576")
+        assert rows_read(scans) == 1
+
+    def test_the_newest_of_a_channel(self, log: Connection, mode: str) -> None:
+        scans = self.scans(
+            log, mode, "read_channel_backwards", "'room:7'", str(2**63 - 1), "6", "1048576", "0"
+        )
+        assert rows_read(scans) <= 396  # its own, of 19 800
+
+    def test_the_newest_of_a_quiet_channel(self, log: Connection, mode: str) -> None:
+        scans = self.scans(
+            log, mode, "read_channel_backwards", "'quiet'", str(2**63 - 1), "51", "1048576", "0"
+        )
+        # A partition of a few pages may be read as it is; not all 19 800 rows.
+        assert rows_read(scans) <= 500
+
+    def test_what_is_new_of_the_log(self, log: Connection, mode: str) -> None:
+        scans = self.scans(log, mode, "read_log", "19600", "1000", "1048576")
+        assert oldest(scans) == 19_501
+        assert rows_read(scans) == 200
+
+    def test_a_page_of_the_log(self, log: Connection, mode: str) -> None:
+        scans = self.scans(log, mode, "read_log", "-1", "100", "1048576")
+        assert {node["Relation Name"] for node in scans} == {"messages_1"}
+        assert rows_read(scans) == 100
+        assert [node["Index Name"] for node in scans] == ["messages_1_pkey"]
+
+    def test_an_insert_neither_sorts_nor_scans(self, log: Connection, mode: str) -> None:
+        log.execute(f"set plan_cache_mode = {mode}")
+        log.execute(f"prepare q as {QUERIES['insert']}")
+        (plan,) = value(
+            log,
+            "explain (format json)"
+            " execute q(array['a', 'b'], array['{}', '{}'], array[null, '1 s']::interval[])",
+        )
+        node = plan["Plan"]
+        types = [node["Node Type"]]
+        while node.get("Plans"):
+            (node,) = node["Plans"]  # one branch only
+            types.append(node["Node Type"])
+        assert [name for name in types if name != "Subquery Scan"] == [
+            "ModifyTable",
+            "Function Scan",
+        ]
