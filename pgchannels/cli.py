@@ -31,18 +31,8 @@ def main() -> None:
         _fail(error, 1)
     except ConfigurationError as error:
         _fail(error, 2)
-    except (PGChannelsError, OSError) as error:
+    except PGChannelsError as error:
         _fail(error, 1)
-    except Exception as error:
-        if not _is_of_database(error):
-            raise
-        # SQLAlchemy puts the statement below what the server says; its driver's error does not.
-        _fail(getattr(error, "orig", None) or error, 1)
-
-
-def _is_of_database(error: Exception) -> bool:
-    # By name, because the drivers are imported where they are used, and nowhere else.
-    return type(error).__module__.partition(".")[0] in ("alembic", "asyncpg", "sqlalchemy")
 
 
 def _fail(reason: object, code: int) -> NoReturn:

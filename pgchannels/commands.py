@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pgchannels import migrate
-from pgchannels.errors import ConfigurationError, DatabaseUnavailable, SchemaError
+from pgchannels.errors import ConfigurationError, SchemaError
 from pgchannels.pruner import Pruner, PruneReport
 from pgchannels.schema import NEEDED_REVISION, REVISIONS
 from pgchannels.settings import Settings
@@ -81,7 +81,7 @@ def migrate_(
     if sql:
         typer.echo(migrate.script(settings), nl=False)
         return
-    found = _revision(settings)
+    found = migrate.current(settings)
     if found is not None and found not in REVISIONS:
         raise SchemaError(settings.schema_name, found, NEEDED_REVISION, newer=True)
     if found == NEEDED_REVISION:
@@ -111,7 +111,7 @@ def prune(
 ) -> None:
     """Remove what is past its retention, once. Nodes do so too, by themselves."""
     settings = _settings(database_url=database_url, schema_name=schema, retention=retention)
-    found = _revision(settings)
+    found = migrate.current(settings)
     if found != NEEDED_REVISION:
         newer = found is not None and found not in REVISIONS
         raise SchemaError(settings.schema_name, found, NEEDED_REVISION, newer=newer)
@@ -152,7 +152,7 @@ def demo(
     if database_url is not None and data_dir is not None:
         raise ConfigurationError("--database-url and --data-dir exclude each other")
     if database_url is not None:
-        _revision(_settings(database_url=database_url))  # says what is wrong with it
+        migrate.current(_settings(database_url=database_url))  # says what is wrong with it
     # PGCHANNELS_DATABASE_URL is not asked: trying the demo out must not write into a database that
     # happens to be configured.
     console = Console(soft_wrap=True, highlight=False)
@@ -163,20 +163,6 @@ def demo(
 
 def _settings(**options: Any) -> Settings:
     return Settings(**{name: value for name, value in options.items() if value is not None})
-
-
-def _revision(settings: Settings) -> str | None:
-    try:
-        return migrate.current(settings)
-    except ValueError as error:
-        # The driver's own words may quote a part of the password.
-        raise ConfigurationError(
-            "the database's URL cannot be read: in user names and passwords, characters such as "
-            "/ : @ % must be percent-encoded"
-        ) from error
-    except OSError as error:
-        reason = str(error) or type(error).__name__
-        raise DatabaseUnavailable(f"PostgreSQL cannot be reached: {reason}") from error
 
 
 async def _prune(settings: Settings, *, dry_run: bool) -> PruneReport:

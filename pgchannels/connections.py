@@ -1,63 +1,113 @@
-"""Where connections to PostgreSQL are made, each set up in the same way."""
+"""Where connections to PostgreSQL are made, and where their errors become ours."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
+
+from pgchannels.errors import ConfigurationError, DatabaseError, DatabaseUnavailable
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Pool
 
-__all__ = ["connect", "create_pool"]
+__all__ = ["UNAVAILABLE", "connect", "create_pool", "driver_errors"]
+
+# "The server is not there (now)": class 57P is its shutting down or starting up, 53300 that it has
+# no connection to spare (manual, appendix A).
+UNAVAILABLE = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.IdleSessionTimeoutError,
+    asyncpg.TooManyConnectionsError,
+    # The server has become a standby, or this connection leads to one.
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.InterfaceError,
+    OSError,  # includes ConnectionError and TimeoutError
+)
+
+# Seconds to be connected in.
+_CONNECT_TIME = 10
+
+# By statement rather than as start-up parameters, which poolers refuse. The server drops a client
+# that has vanished from the network within about half a minute. Each of our queries has its index;
+# a partition that is too young for statistics must not make the planner sort a backlog instead.
+_PREPARE = """
+select set_config('default_transaction_isolation', 'read committed', false),
+       set_config('default_transaction_read_only', 'off', false),
+       set_config('application_name', 'pgchannels ' || $1, false),
+       set_config('enable_seqscan', 'off', false),
+       set_config('enable_bitmapscan', 'off', false),
+       set_config('jit', 'off', false),
+       set_config('tcp_keepalives_idle', '15', false),
+       set_config('tcp_keepalives_interval', '5', false),
+       set_config('tcp_keepalives_count', '3', false)
+"""
 
 
-async def connect(dsn: str, *, role: str, timeout: int = 10) -> Connection:
+@contextmanager
+def driver_errors() -> Iterator[None]:
+    """Turn what the driver raises into :class:`DatabaseUnavailable` or :class:`DatabaseError`."""
+    try:
+        yield
+    except UNAVAILABLE as error:
+        reason = str(error) or type(error).__name__
+        raise DatabaseUnavailable(
+            f"PostgreSQL is not available: {reason}", getattr(error, "sqlstate", None)
+        ) from error
+    except asyncpg.PostgresError as error:
+        raise DatabaseError(
+            f"PostgreSQL refused a statement: {error}", getattr(error, "sqlstate", None)
+        ) from error
+
+
+async def connect(dsn: str, *, role: str, **options: Any) -> Connection:
     """Open one connection in autocommit and READ COMMITTED, whatever the server's defaults.
 
     Args:
         dsn: a libpq URL.
         role: what it is for; shows in ``pg_stat_activity.application_name``.
-        timeout: seconds to be connected in.
+        options: for :func:`asyncpg.connect`.
+
+    Raises:
+        ConfigurationError: the URL cannot be read.
+        DatabaseUnavailable, DatabaseError: no connection.
     """
-    connection: Connection = await asyncpg.connect(dsn, timeout=timeout)
-    try:
-        await _prepare(connection, role)
-    except BaseException:
-        connection.terminate()
-        raise
+    with driver_errors():
+        try:
+            connection: Connection = await asyncpg.connect(dsn, timeout=_CONNECT_TIME, **options)
+        except ValueError:
+            # The driver's own words may quote a part of the password.
+            raise ConfigurationError(
+                "the database's URL cannot be read: in user names and passwords, characters such "
+                "as / : @ % must be percent-encoded"
+            ) from None
+        try:
+            await connection.execute(_PREPARE, role, timeout=_CONNECT_TIME)
+        except BaseException:
+            connection.terminate()
+            raise
     return connection
 
 
-def create_pool(dsn: str, *, size: int, command_timeout: float, timeout: int = 10) -> Pool:
+def create_pool(dsn: str, *, size: int, command_timeout: float) -> Pool:
     """Describe a pool; it connects when it is awaited or entered."""
 
-    async def init(connection: Connection) -> None:
-        await _prepare(connection, "pool")
+    async def connect_for_pool(*_: Any, **options: Any) -> Connection:
+        return await connect(dsn, role="pool", **{**options, "command_timeout": command_timeout})
 
     return asyncpg.create_pool(
         dsn,
         min_size=0,
         max_size=size,
-        timeout=timeout,
-        command_timeout=command_timeout,
-        init=init,
+        connect=connect_for_pool,
         # Our statements leave nothing behind in the session. asyncpg's own reset would cost a
-        # round trip after each of them, and undo what init() has set.
+        # round trip after each of them, and undo what connect() has set.
         reset=_leave,
-    )
-
-
-async def _prepare(connection: Connection, role: str) -> None:
-    # By statement rather than as start-up parameters, which poolers refuse. The server drops a
-    # client that has vanished from the network within about half a minute.
-    await connection.execute(
-        "select set_config('default_transaction_isolation', 'read committed', false),"
-        " set_config('default_transaction_read_only', 'off', false),"
-        f" set_config('application_name', 'pgchannels {role}', false),"
-        " set_config('tcp_keepalives_idle', '15', false),"
-        " set_config('tcp_keepalives_interval', '5', false),"
-        " set_config('tcp_keepalives_count', '3', false)"
     )
 
 

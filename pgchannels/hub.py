@@ -29,7 +29,7 @@ logger = logging.getLogger("pgchannels.hub")
 _FEW_CHANNELS = 32
 # Messages handed out before the event loop gets a turn.
 _OFFERS_AT_A_TIME = 1000
-# Seconds to wait after a hint for which there was nothing to read.
+# Seconds to wait after a hint at messages that are not there.
 _AFTER_FALSE_HINT = 0.05
 
 
@@ -57,6 +57,8 @@ class Hub:
         self._look = asyncio.Event()
         self._replays: dict[tuple[tuple[str, ...], int], asyncio.Task[LogPage]] = {}
         self._listening = False
+        # The highest id that was hinted at since the last look.
+        self._hinted = 0
         self.cursor = 0
         self.epoch = 1
 
@@ -95,17 +97,18 @@ class Hub:
     def reached(self, head: int) -> None:
         """The log may have grown to *head*."""
         if head > self.cursor:
+            self._hinted = max(self._hinted, head)
             self._look.set()
 
     def connected(self) -> None:
         """Hints come in from now on; those before now may have been lost, so look."""
         self._listening = True
-        self._look.set()
+        self.reached(self.cursor + 1)
 
     def disconnected(self) -> None:
         """No hint can be counted on."""
         self._listening = False
-        self._look.set()  # and with it, a shorter poll interval
+        self.reached(self.cursor + 1)  # from then on, at a shorter interval
 
     async def replay(self, channels: tuple[str, ...], after: int) -> LogPage:
         """Read a page for a subscriber. Those who ask for the same one share it.
@@ -133,7 +136,8 @@ class Hub:
         while True:
             interval = self._settings.poll_interval
             hinted = await self._hinted_within(interval if self._listening else interval / 10)
-            before = self.cursor
+            if hinted is not None and hinted <= self.cursor:
+                continue  # read already, along with what came before it
             try:
                 await self._catch_up()
                 backoff.reset()
@@ -141,19 +145,22 @@ class Hub:
                 delay = backoff.next()
                 logger.warning("cannot read the log, retry in %.1f s: %s", delay, error)
                 await asyncio.sleep(delay)
-                self._look.set()
+                self.reached(self.cursor + 1)
             else:
-                if hinted and self.cursor == before:
+                if hinted is not None and hinted > self.cursor:
+                    # It promised more than there is. A flood of such must not become one of reads.
                     await asyncio.sleep(_AFTER_FALSE_HINT)
 
-    async def _hinted_within(self, seconds: float) -> bool:
+    async def _hinted_within(self, seconds: float) -> int | None:
+        """The id that was hinted at, as soon as there is one; None if none came."""
         try:
             async with asyncio.timeout(seconds):
                 await self._look.wait()
         except TimeoutError:
-            return False
+            return None
         self._look.clear()
-        return True
+        hinted, self._hinted = self._hinted, 0
+        return hinted
 
     async def _catch_up(self) -> None:
         everything = False

@@ -18,10 +18,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import asyncpg
-
 from pgchannels.backoff import Backoff
-from pgchannels.connections import connect
+from pgchannels.connections import connect, driver_errors
 from pgchannels.errors import DatabaseError, DatabaseUnavailable
 
 if TYPE_CHECKING:
@@ -80,16 +78,9 @@ class Listener:
         while True:
             try:
                 await self._listen()
-            except (
-                _Deaf,
-                DatabaseError,
-                asyncpg.PostgresError,
-                asyncpg.InterfaceError,
-                OSError,
-            ) as error:
+            except (_Deaf, DatabaseError) as error:
                 delay = self._backoff.next()
-                reason = str(error) or type(error).__name__
-                logger.warning("not listening, retry in %.1f s: %s", delay, reason)
+                logger.warning("not listening, retry in %.1f s: %s", delay, error)
                 await asyncio.sleep(delay)
 
     async def _listen(self) -> None:
@@ -97,8 +88,9 @@ class Listener:
         try:
             self._lost.clear()
             connection.add_termination_listener(lambda _: self._lost.set())
-            await connection.add_listener(self._echo_channel, self._received_echo)
-            await connection.add_listener(self._settings.schema_name, self._received)
+            with driver_errors():
+                await connection.add_listener(self._echo_channel, self._received_echo)
+                await connection.add_listener(self._settings.schema_name, self._received)
             await self._heartbeat(connection)
             self.healthy = True
             self._backoff.reset()
@@ -122,7 +114,8 @@ class Listener:
 
     async def _heartbeat(self, connection: Connection) -> None:
         interval = self._settings.heartbeat_interval
-        row = await connection.fetchrow(_HEARTBEAT, timeout=interval)
+        with driver_errors():
+            row = await connection.fetchrow(_HEARTBEAT, timeout=interval)
         assert row is not None
         in_recovery, listening = row
         if in_recovery:

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, inspect, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from pgchannels.bundled import bundled
 from pgchannels.connections import connect
-from pgchannels.schema import NEEDED_REVISION, VERSION_TABLE
+from pgchannels.errors import DatabaseError, SchemaError
+from pgchannels.schema import NEEDED_REVISION, REVISIONS, VERSION_TABLE
 from pgchannels.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,8 +34,17 @@ T = TypeVar("T")
 
 
 def upgrade(settings: Settings | str, revision: str = "head") -> None:
-    """Migrate up. Safe to run in several processes at once, and again."""
-    _run_command(_settings(settings), lambda config: command.upgrade(config, revision))
+    """Migrate up. Safe to run in several processes at once, and again.
+
+    Raises:
+        SchemaError: a newer version of pgchannels has migrated this database.
+        DatabaseError: PostgreSQL refused, or cannot be reached.
+    """
+    resolved = _settings(settings)
+    found = current(resolved)
+    if found is not None and found not in REVISIONS:
+        raise SchemaError(resolved.schema_name, found, NEEDED_REVISION, newer=True)
+    _run_command(resolved, lambda config: command.upgrade(config, revision))
 
 
 def downgrade(settings: Settings | str, revision: str) -> None:
@@ -105,6 +116,9 @@ def run_in_transaction(settings: Settings, function: Callable[[Connection], T]) 
         try:
             async with engine.begin() as connection:
                 return await connection.run_sync(function)
+        except DBAPIError as error:
+            # Its own text repeats the statement, which is of no use to who migrates.
+            raise DatabaseError(f"PostgreSQL refused a statement: {error.orig}") from error
         finally:
             await engine.dispose()
 

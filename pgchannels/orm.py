@@ -16,14 +16,32 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Insert, Interval, bindparam, event, func, insert
+from sqlalchemy import (
+    ARRAY,
+    Insert,
+    Interval,
+    Text,
+    bindparam,
+    cast,
+    column,
+    event,
+    func,
+    insert,
+    select,
+)
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
-from sqlalchemy.orm import Session, registry, scoped_session, sessionmaker
+from sqlalchemy.orm import (
+    Session,
+    SessionTransaction,
+    registry,
+    scoped_session,
+    sessionmaker,
+)
 
 from pgchannels.errors import ConfigurationError
 from pgchannels.messages import check_channel, check_ttl, encode_payload
-from pgchannels.schema import outbox
+from pgchannels.schema import EncodedJSON, outbox
 from pgchannels.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,7 +62,9 @@ Target: TypeAlias = (
     | scoped_session[Any]
 )
 
-# In Session.info: something was published that has not been committed yet.
+# In Session.info: its bind is one that can be published to.
+_CHECKED = "pgchannels.checked"
+# … something was published that has not been committed yet.
 _PUBLISHED = "pgchannels.published"
 
 
@@ -84,10 +104,13 @@ def install(
     session_class = _session_class(target)
     if settings is None:
         settings = layer.settings if layer is not None else Settings()
+    # Not event.contains(): that goes by id(), which a class has from one that is no more.
+    listening = session_class in _installed
     _installed[session_class] = _Installed(settings, layer)
-    if not event.contains(session_class, "before_flush", _before_flush):
+    if not listening:
         event.listen(session_class, "before_flush", _before_flush)
         event.listen(session_class, "after_commit", _after_commit)
+        event.listen(session_class, "after_transaction_end", _after_transaction_end)
 
 
 def publish(
@@ -117,7 +140,9 @@ def publish(
     sync_session = _sync_session(session)
     installed = _installation(sync_session)
     entry_class = _entry_class(installed.settings.schema_name)
-    _check_bind(sync_session, entry_class)
+    if _CHECKED not in sync_session.info:
+        _check_bind(sync_session, entry_class)
+        sync_session.info[_CHECKED] = True
     entry = entry_class(
         check_channel(channel),
         encode_payload(payload, max_size=installed.settings.max_message_size),
@@ -194,10 +219,23 @@ def _entry_class(schema: str) -> type[Entry]:
 
 @cache
 def _insert_statement(schema: str) -> Insert:
-    return insert(outbox(schema)).values(
-        channel=bindparam("channel"),
-        payload=bindparam("payload"),
-        expires_at=func.clock_timestamp() + bindparam("ttl", type_=Interval),
+    """One insert for any number of messages, in their order; the twin of the store's ``insert``."""
+    entries = (
+        func.unnest(
+            bindparam("channels", type_=ARRAY(Text)),
+            bindparam("payloads", type_=ARRAY(Text)),
+            bindparam("ttls", type_=ARRAY(Interval)),
+        )
+        .table_valued(column("channel", Text), column("payload", Text), column("ttl", Interval))
+        .render_derived()
+    )
+    return insert(outbox(schema)).from_select(
+        ["channel", "payload", "expires_at"],
+        select(
+            entries.c.channel,
+            cast(entries.c.payload, EncodedJSON),
+            func.clock_timestamp() + entries.c.ttl,
+        ),
     )
 
 
@@ -230,7 +268,11 @@ def _insert(session: Session, entries: Sequence[Entry]) -> None:
     _check_transaction(connection)
     connection.execute(
         _insert_statement(schema),
-        [{"channel": e.channel, "payload": e.payload, "ttl": e.ttl} for e in entries],
+        {
+            "channels": [entry.channel for entry in entries],
+            "payloads": [entry.payload for entry in entries],
+            "ttls": [entry.ttl for entry in entries],
+        },
     )
     session.info[_PUBLISHED] = True
 
@@ -260,3 +302,9 @@ def _after_commit(session: Session) -> None:
             layer.wake()
     except Exception:
         logger.exception("the sequencer could not be woken; what was published will be found")
+
+
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    # However it ended; after a rollback there is nothing to wake the sequencer for.
+    if transaction.parent is None:
+        session.info.pop(_PUBLISHED, None)

@@ -1,4 +1,4 @@
-"""Executes the queries of ``sql/queries.sql``; nothing else does. Wraps driver errors, once.
+"""Executes the queries of ``sql/queries.sql``; nothing else does.
 
 A :class:`Store` runs them on a pool, a :class:`Session` on one connection of its own, remade when
 it breaks: the hub and the sequencer each have one, so that no crowd at the pool delays them.
@@ -7,18 +7,16 @@ it breaks: the hub and the sequencer each have one, so that no crowd at the pool
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asyncpg
 
-from pgchannels.connections import connect, create_pool
+from pgchannels.connections import UNAVAILABLE, connect, create_pool, driver_errors
 from pgchannels.errors import (
     ChannelLayerClosed,
     DatabaseError,
-    DatabaseUnavailable,
     SchemaError,
 )
 from pgchannels.messages import Message
@@ -31,21 +29,6 @@ if TYPE_CHECKING:
     from pgchannels.settings import Settings
 
 __all__ = ["Head", "LogPage", "Outgoing", "Partition", "Session", "Store"]
-
-# "The server is not there (now)": class 57P is its shutting down or starting up, 53300 that it has
-# no connection to spare (manual, appendix A).
-_UNAVAILABLE = (
-    asyncpg.PostgresConnectionError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.IdleSessionTimeoutError,
-    asyncpg.TooManyConnectionsError,
-    # The server has become a standby, or this connection leads to one.
-    asyncpg.ReadOnlySQLTransactionError,
-    asyncpg.InterfaceError,
-    OSError,  # includes ConnectionError and TimeoutError
-)
 
 # Seconds that a connection may take to say goodbye.
 _CLOSING_TIME = 2.0
@@ -90,21 +73,6 @@ class Partition(NamedTuple):
     detaching: bool
     first_id: int
     end_id: int
-
-
-@contextmanager
-def _driver_errors() -> Iterator[None]:
-    try:
-        yield
-    except _UNAVAILABLE as error:
-        reason = str(error) or type(error).__name__
-        raise DatabaseUnavailable(
-            f"PostgreSQL is not available: {reason}", getattr(error, "sqlstate", None)
-        ) from error
-    except asyncpg.PostgresError as error:
-        raise DatabaseError(
-            f"PostgreSQL refused a statement: {error}", getattr(error, "sqlstate", None)
-        ) from error
 
 
 class Queries:
@@ -189,7 +157,7 @@ class Store(Queries):
             size=self._settings.pool_size,
             command_timeout=self._settings.command_timeout,
         )
-        with _driver_errors():
+        with driver_errors():
             self._pool = await pool
         try:
             await self._check_schema()
@@ -225,7 +193,7 @@ class Store(Queries):
     async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Record]:
         if self._pool is None:
             raise ChannelLayerClosed
-        with _driver_errors():
+        with driver_errors():
             async with self._pool.acquire() as connection:
                 try:
                     rows: list[Record] = await connection.fetch(sql, *arguments)
@@ -256,22 +224,22 @@ class Session(Queries):
 
     async def execute(self, sql: str) -> None:
         """Run a statement that has no parameters, such as DDL, by the simple protocol."""
-        with _driver_errors():
+        with driver_errors():
             connection = await self._connected()
             try:
                 await connection.execute(sql, timeout=self._settings.command_timeout)
-            except _UNAVAILABLE:
+            except UNAVAILABLE:
                 connection.terminate()
                 raise
 
     async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Record]:
-        with _driver_errors():
+        with driver_errors():
             connection = await self._connected()
             try:
                 rows: list[Record] = await connection.fetch(
                     sql, *arguments, timeout=self._settings.command_timeout
                 )
-            except _UNAVAILABLE:
+            except UNAVAILABLE:
                 connection.terminate()
                 raise
         return rows

@@ -34,10 +34,13 @@ __all__ = ["JsonConsumer"]
 logger = logging.getLogger("pgchannels.web")
 
 # RFC 6455, section 7.4.1, and the registry that it founds. 1005 and 1006 may not be sent.
-GOING_AWAY = 1001
+POLICY_VIOLATION = 1008
 INTERNAL_ERROR = 1011
 SERVICE_RESTART = 1012
+TRY_AGAIN_LATER = 1013
 ABNORMAL = 1006
+
+OURS = frozenset({POLICY_VIOLATION, INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER})
 
 # Seconds that disconnect() may take.
 DISCONNECT_TIME = 5.0
@@ -61,7 +64,8 @@ class JsonConsumer:
     live. A client that keeps the last position of each channel can resume anywhere with it.
 
     What was wrong about a client's message is answered by ``{"type": "error", "code", "detail"}``,
-    and the socket stays open. An exception that nobody expected closes it with 1011.
+    and the socket stays open; if ``connect()`` failed by it, the socket is closed with 1008, or
+    with 1013 where the database is away. An exception that nobody expected closes it with 1011.
     """
 
     # Which of our errors are the client's to hear of, and how they are called.
@@ -173,7 +177,9 @@ class JsonConsumer:
                 await self._finish(code)
 
     async def _serve(self) -> int:
-        await self._guarded(self.connect())
+        if (error := await self._guarded(self.connect())) is not None:
+            # What it was opened for has not come about. Open, it would be deaf.
+            return TRY_AGAIN_LATER if isinstance(error, DatabaseUnavailable) else POLICY_VIOLATION
         if self.websocket.application_state is WebSocketState.CONNECTING:
             await self.accept()
         if self.websocket.application_state is not WebSocketState.CONNECTED:
@@ -219,7 +225,8 @@ class JsonConsumer:
             for message in messages:
                 await self.forward(message)
 
-    async def _guarded(self, handler: Awaitable[None]) -> None:
+    async def _guarded(self, handler: Awaitable[None]) -> Exception | None:
+        """Tell the client of an error that is its own, and return it."""
         try:
             await handler
         except tuple(self._client_errors) as error:
@@ -229,6 +236,8 @@ class JsonConsumer:
             await self._send_error(
                 code, "the service is not available now" if unavailable else str(error)
             )
+            return error
+        return None
 
     async def _send_error(self, code: str, detail: str) -> None:
         if self.websocket.application_state is WebSocketState.CONNECTING:
@@ -238,7 +247,7 @@ class JsonConsumer:
 
     async def _finish(self, code: int) -> None:
         try:
-            if code in (INTERNAL_ERROR, SERVICE_RESTART):
+            if code in OURS:
                 await self.close(code)
         except (RuntimeError, WebSocketDisconnect):
             logger.debug("the socket was gone before it could be closed")

@@ -199,7 +199,7 @@ def test_prune_wants_a_migrated_database(run: Run, empty_database_url: str) -> N
         ([], 2, ["PGCHANNELS_DATABASE_URL"]),
         (["--database-url", "mysql://user:secret@host/db"], 2, ["postgresql://"]),
         (["--database-url", "postgresql://user:sec/ret@host/db"], 2, ["percent-encoded"]),
-        (["--database-url", "postgresql://localhost:1/db"], 1, ["cannot be reached"]),
+        (["--database-url", "postgresql://localhost:1/db"], 1, ["is not available"]),
         (["--database-url", "postgresql://localhost:1/db", "--schema", "No!"], 2, ["schema_name"]),
     ],
     ids=["no url", "not postgresql", "unreadable", "unreachable", "bad schema"],
@@ -231,7 +231,7 @@ def test_what_the_server_refuses_is_told_in_one_line(
 
 def test_the_demo_names_what_is_wrong_with_a_database(run: Run, tmp_path: Path) -> None:
     url = "postgresql://localhost:1/db"
-    assert_one_line(run("demo", "--database-url", url), 1, "cannot be reached")
+    assert_one_line(run("demo", "--database-url", url), 1, "is not available")
     both = run("demo", "--database-url", url, "--data-dir", str(tmp_path))
     assert_one_line(both, 2, "exclude each other")
 
