@@ -34,8 +34,9 @@ UNAVAILABLE = (
 _CONNECT_TIME = 10
 
 # By statement rather than as start-up parameters, which poolers refuse. The server drops a client
-# that has vanished from the network within about half a minute. Each of our queries has its index;
-# a partition that is too young for statistics must not make the planner sort a backlog instead.
+# that has vanished from the network within about half a minute. Each of our queries has one plan
+# that is right, by its index: a partition too young for statistics must not make the planner sort a
+# backlog instead, and planning it anew each time would take longer than running it.
 _PREPARE = """
 select set_config('default_transaction_isolation', 'read committed', false),
        set_config('default_transaction_read_only', 'off', false),
@@ -43,6 +44,7 @@ select set_config('default_transaction_isolation', 'read committed', false),
        set_config('enable_seqscan', 'off', false),
        set_config('enable_bitmapscan', 'off', false),
        set_config('jit', 'off', false),
+       set_config('plan_cache_mode', 'force_generic_plan', false),
        set_config('tcp_keepalives_idle', '15', false),
        set_config('tcp_keepalives_interval', '5', false),
        set_config('tcp_keepalives_count', '3', false)

@@ -83,9 +83,6 @@ class Sequencer:
                 return moved
             moved += sealed
             self._sealed(head)
-            # A transaction of its own: within the batch's, NOTIFY would hold its cluster-wide lock
-            # over the flush of the WAL. If this process dies here, the nodes' polls find the batch.
-            await self._session.notify(self._settings.schema_name, str(head))
             if sealed < self._settings.batch_size:
                 return moved
 

@@ -99,8 +99,12 @@ class Queries:
         await self.fetch("insert", channels, payloads, ttls)
 
     async def seal(self) -> tuple[int, int]:
-        """Run one batch; return how many messages it moved and the id of the newest one."""
-        (row,) = await self.fetch("seal", self._settings.batch_size)
+        """Run one batch and tell the nodes.
+
+        Return how many messages it moved and the id of the newest one.
+        """
+        settings = self._settings
+        (row,) = await self.fetch("seal", settings.batch_size, settings.schema_name)
         return row["sealed"], row["head"]
 
     async def notify(self, channel: str, payload: str) -> None:

@@ -32,6 +32,7 @@ def schema() -> str:
 # pruner drops them in the same breath, so only a crash leaves one, and the next prune finds it.
 DOWNGRADE = """
 drop function pgchannels.requeue_stragglers();
+drop procedure pgchannels.seal_and_notify(integer, text, integer, bigint);
 drop function pgchannels.seal(integer);
 drop function pgchannels.add_partitions(bigint);
 drop function pgchannels.publish(text, json, interval);

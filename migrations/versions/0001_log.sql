@@ -215,7 +215,7 @@ $$;
 -- Move what has been committed to the outbox since the last batch into the log: one batch.
 --
 -- Call it as a statement of its own, in READ COMMITTED: each statement below must see what the
--- previous holder of the lock committed. Notify afterwards, in another transaction.
+-- previous holder of the lock committed.
 create function pgchannels.seal(max_messages integer default 10000, out sealed integer, out head bigint)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -297,6 +297,22 @@ begin
 
     head := coalesce(head, previous_id);
     sealed := head - previous_id;
+end
+$$;
+
+-- Seal one batch, and tell the nodes. NOTIFY holds a cluster-wide lock until its transaction has
+-- ended, so it gets one of its own, after the batch's: that writes nothing, and flushes nothing.
+-- Should the server die in between, the nodes' polls find the batch.
+create procedure pgchannels.seal_and_notify(
+    max_messages integer, notified text, inout sealed integer default null, inout head bigint default null)
+language plpgsql
+as $$
+begin
+    select s.sealed, s.head into sealed, head from pgchannels.seal(max_messages) s;
+    commit;
+    if sealed > 0 then
+        perform pg_notify(notified, head::text);
+    end if;
 end
 $$;
 

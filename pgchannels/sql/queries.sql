@@ -13,7 +13,7 @@ select m.channel, m.payload::json, clock_timestamp() + m.ttl
   from unnest($1::text[], $2::text[], $3::interval[]) as m(channel, payload, ttl);
 
 -- name: seal
-select s.sealed, s.head from pgchannels.seal($1) s;
+call pgchannels.seal_and_notify($1, $2, null, null);
 
 -- name: notify
 select pg_notify($1, $2);

@@ -5,6 +5,7 @@
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlencode
 
 import orjson
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
@@ -100,7 +101,10 @@ def channels_router(
         headers = {"Cache-Control": "no-store"}
         if page.next is not None:
             cursor = {"after" if order == "asc" else "before": str(page.next)}
-            headers["Link"] = f'<{request.url.include_query_params(**cursor)}>; rel="next"'
+            # Relative to the request's own URL, which a proxy may have rewritten, and whose path
+            # is as the client encoded it (RFC 8288, section 3.1).
+            query = urlencode({**request.query_params, **cursor})
+            headers["Link"] = f'<?{query}>; rel="next"'
         return Response(_body(page), media_type="application/json", headers=headers)
 
     return router

@@ -575,13 +575,11 @@ class TestSync:
     def test_several_make_one_insert(
         self, engine: sa.Engine, make: sessionmaker[Session], log: Log
     ) -> None:
-        inserts: list[bool] = []
+        inserts: list[str] = []
 
-        def count(
-            _: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
-        ) -> None:
+        def count(_: Any, cursor: Any, statement: str, *rest: Any) -> None:
             if "outbox" in statement:
-                inserts.append(many)
+                inserts.append(statement)
 
         event.listen(engine, "before_cursor_execute", count)
         with make() as session:
@@ -589,7 +587,7 @@ class TestSync:
                 publish(session, "room", {"n": n})
                 session.add(order())
             session.commit()
-        assert inserts == [True]
+        assert len(inserts) == 1
         assert log.read() == list(range(50))
 
     def test_nothing_published_costs_nothing(
