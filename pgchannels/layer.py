@@ -245,7 +245,8 @@ class _Node:
         self._tasks: list[asyncio.Task[None]] = []
         self.streams: set[Stream] = set()
         self.store = Store(settings)
-        self.hub = Hub(settings, Session(settings, "hub"), self.store)
+        # Not by way of listen_url: when that is dead, polling must go on.
+        self.hub = Hub(settings, Session(settings, "hub", dsn=settings.dsn), self.store)
         sequencing = Session(settings, "sequencer")
         self._sequencer = Sequencer(
             settings,

@@ -89,8 +89,10 @@ class Listener:
             self._lost.clear()
             connection.add_termination_listener(lambda _: self._lost.set())
             with driver_errors():
-                await connection.add_listener(self._echo_channel, self._received_echo)
-                await connection.add_listener(self._settings.schema_name, self._received)
+                # asyncpg's LISTEN has no time limit of its own.
+                async with asyncio.timeout(self._settings.heartbeat_interval):
+                    await connection.add_listener(self._echo_channel, self._received_echo)
+                    await connection.add_listener(self._settings.schema_name, self._received)
             await self._heartbeat(connection)
             self.healthy = True
             self._backoff.reset()

@@ -208,11 +208,18 @@ class Store(Queries):
 
 
 class Session(Queries):
-    """Queries on one connection of its own, one at a time. It connects when first needed."""
+    """Queries on one connection of its own, one at a time. It connects when first needed.
 
-    def __init__(self, settings: Settings, role: str) -> None:
+    Args:
+        settings: of the layer.
+        role: shows in ``pg_stat_activity.application_name``.
+        dsn: where to connect; by ``listen_url``, where that is set, if None.
+    """
+
+    def __init__(self, settings: Settings, role: str, *, dsn: str | None = None) -> None:
         super().__init__(settings)
         self._role = role
+        self._dsn = dsn
         self._connection: Connection | None = None
 
     async def close(self) -> None:
@@ -250,5 +257,6 @@ class Session(Queries):
 
     async def _connected(self) -> Connection:
         if self._connection is None or self._connection.is_closed():
-            self._connection = await connect(self._settings.listen_dsn, role=self._role)
+            dsn = self._dsn or self._settings.listen_dsn
+            self._connection = await connect(dsn, role=self._role)
         return self._connection

@@ -40,6 +40,7 @@ drop table pgchannels.leases;
 drop table pgchannels.nodes;
 drop table pgchannels.memberships;
 drop table pgchannels.channels;
+drop view pgchannels.bounds;
 drop table pgchannels.log;
 drop table pgchannels.batches;
 drop table pgchannels.messages;

@@ -113,6 +113,13 @@ comment on column pgchannels.log.floor is 'messages with ids up to here may be g
 
 comment on column pgchannels.log.partitioned_to is 'the first id that no partition takes';
 
+create view pgchannels.bounds as
+select coalesce((select b.last_id from pgchannels.batches b order by b.last_id desc limit 1), 0) as head,
+       coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1) as epoch,
+       (select l.floor from pgchannels.log l) as floor;
+
+comment on view pgchannels.bounds is 'one row: the last id of the log, its epoch, and the floor';
+
 create table pgchannels.channels (
     name text not null,
     cursor bigint not null default 0,

@@ -2,9 +2,7 @@
 select version_num from pgchannels.alembic_version
 
 -- name: head
-select coalesce((select b.last_id from pgchannels.batches b order by b.last_id desc limit 1), 0) as head,
-       coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1) as epoch,
-       (select l.floor from pgchannels.log l) as floor;
+select b.head, b.epoch, b.floor from pgchannels.bounds b;
 
 -- name: insert
 -- One insert for however many publishers were waiting; unnest keeps their order.
@@ -26,13 +24,8 @@ select pg_notify($1, $2);
 -- "between" and "order by channel, id" leave the planner the index on (channel, id) alone. With
 -- "channel = …" and "order by id" it may walk the primary key and filter, expecting the channel all
 -- along it: for a quiet channel beside a few busy ones that is a walk over the whole log.
-with bounds as (
-    select coalesce((select b.last_id from pgchannels.batches b order by b.last_id desc limit 1), 0) as head,
-           coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1) as epoch,
-           (select l.floor from pgchannels.log l) as floor
-)
 select b.head, b.epoch, b.floor, p.id, p.channel, p.payload, p.created_at, p.size
-  from bounds b
+  from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id) - m.size as before
         from (select m.id, m.channel, m.payload, m.created_at, m.size
@@ -49,13 +42,8 @@ select b.head, b.epoch, b.floor, p.id, p.channel, p.payload, p.created_at, p.siz
 
 -- name: read_channel_backwards
 -- As read_channels, for one channel ($1) before an id ($2), newest first.
-with bounds as (
-    select coalesce((select b.last_id from pgchannels.batches b order by b.last_id desc limit 1), 0) as head,
-           coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1) as epoch,
-           (select l.floor from pgchannels.log l) as floor
-)
 select b.head, b.epoch, b.floor, p.id, p.channel, p.payload, p.created_at, p.size
-  from bounds b
+  from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id desc) - m.size as before
         from (select m.* from pgchannels.messages m
@@ -68,13 +56,8 @@ select b.head, b.epoch, b.floor, p.id, p.channel, p.payload, p.created_at, p.siz
 
 -- name: read_log
 -- As read_channels, for the log as a whole.
-with bounds as (
-    select coalesce((select b.last_id from pgchannels.batches b order by b.last_id desc limit 1), 0) as head,
-           coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1) as epoch,
-           (select l.floor from pgchannels.log l) as floor
-)
 select b.head, b.epoch, b.floor, p.id, p.channel, p.payload, p.created_at, p.size
-  from bounds b
+  from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id) - m.size as before
         from (select m.* from pgchannels.messages m
@@ -97,9 +80,8 @@ delete from pgchannels.leases where name = $1 and holder = $2;
 
 -- name: add_partitions_ahead
 -- Keep room for one whole partition beyond the one in use.
-select pgchannels.add_partitions(
-    coalesce((select b.last_id from pgchannels.batches b order by b.last_id desc limit 1), 0)
-    + (select l.partition_size from pgchannels.log l));
+select pgchannels.add_partitions(b.head + l.partition_size)
+  from pgchannels.bounds b cross join pgchannels.log l;
 
 -- name: aged_through
 -- The last id that was sealed longer ago than $1; the newest batch stays, it carries the snapshot.

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
@@ -28,7 +29,23 @@ POLL = 0.2
 SOON = 10.0
 
 
-class Pooler(TcpProxy):
+class Proxy(TcpProxy):
+    """One that ends with every connection, also with those that have only just been accepted."""
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        for _ in range(5):
+            await asyncio.sleep(0)  # a turn of the loop each, for those to begin
+        await super().__aexit__(exc_type, exc, traceback)
+
+
+class Pooler(Proxy):
     """Loses notifications, as a pooler in transaction mode does: LISTEN itself, or what it brings."""
 
     def __init__(self, database_url: str, loses: Literal["LISTEN", "notifications"]) -> None:
@@ -162,7 +179,7 @@ async def test_a_silent_network_is_noticed_and_polled_over(
     """The listener's connection stays open, and nothing comes through it any more."""
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(PostgresLayer(make_settings(database_url)))
-        proxy = await stack.enter_async_context(TcpProxy(database_url))
+        proxy = await stack.enter_async_context(Proxy(database_url))
         layer = await stack.enter_async_context(
             PostgresLayer(make_settings(database_url, listen_url=proxy.url, command_timeout=5))
         )
@@ -191,7 +208,7 @@ async def test_a_network_that_goes_silent_for_good_holds_nothing_up_for_long(
     database_url: str,
 ) -> None:
     """Neither a publisher nor the end of the layer waits longer than a statement may take."""
-    async with TcpProxy(database_url) as proxy:
+    async with Proxy(database_url) as proxy:
         layer = PostgresLayer(make_settings(proxy.url, command_timeout=1))
         await layer.open()
         try:
@@ -208,7 +225,7 @@ async def test_a_network_that_goes_silent_for_good_holds_nothing_up_for_long(
 
 async def test_it_works_again_after_the_network_was_silent(database_url: str) -> None:
     async with AsyncExitStack() as stack:
-        proxy = await stack.enter_async_context(TcpProxy(database_url))
+        proxy = await stack.enter_async_context(Proxy(database_url))
         settings = make_settings(proxy.url, command_timeout=1, pool_size=2)
         layer = await stack.enter_async_context(PostgresLayer(settings))
         stream = await stack.enter_async_context(layer.subscribe("a"))
@@ -237,7 +254,7 @@ async def test_it_works_again_after_the_network_was_silent(database_url: str) ->
         await eventually(lambda: layer.is_listening, timeout=30)
 
 
-class Mute(TcpProxy):
+class Mute(Proxy):
     """Swallows, once, what a client says when it says *word*; the connection stays open."""
 
     def __init__(self, database_url: str, word: bytes) -> None:

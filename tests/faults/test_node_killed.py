@@ -198,17 +198,14 @@ async def test_a_node_dies_around_its_batch(
 ) -> None:
     """The node with the lease is killed with a batch under way, or after it and before the hint."""
     script = f"""
-import asyncio
-from pgchannels import PostgresLayer, Settings
-from pgchannels.store import Session
+import asyncio, os, asyncpg
 
 async def main():
-    layer = PostgresLayer()
-    session = Session(layer.settings, "sequencer")
-    await session.execute("begin")
-    await session.seal()
+    connection = await asyncpg.connect(os.environ["PGCHANNELS_DATABASE_URL"])
+    await connection.execute("begin")
+    await connection.execute("select pgchannels.seal()")
     if {dies == "after"}:
-        await session.execute("commit")
+        await connection.execute("commit")
     print("sealed", flush=True)
     await asyncio.sleep(60)
 

@@ -324,7 +324,8 @@ class Room:
         self.consumer = consumer
 
     def socket(self, query: str = "") -> connect:
-        return connect(f"ws://{self.address}/ws?{query}")
+        # Without a bound, so that the client goes on reading while it waits to be closed.
+        return connect(f"ws://{self.address}/ws?{query}", max_queue=None)
 
 
 @pytest.fixture
