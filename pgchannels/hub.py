@@ -38,6 +38,9 @@ class Subscriber(Protocol):
 
     def offer(self, message: Message) -> None: ...
 
+    def missed(self) -> None:
+        """Retention has removed messages before they could be offered."""
+
 
 class Hub:
     """Reads what is new and hands it out. ``run()`` is its whole life; cancelling it ends it.
@@ -173,6 +176,9 @@ class Hub:
             everything = channels is not None and self._grown
             if everything:
                 continue
+            if page.head.floor > self.cursor:
+                for subscriber in {s for each in self._index.values() for s in each}:
+                    subscriber.missed()
             everything = await self._hand_out(page, complete=channels is None)
             if not page.full and not everything:
                 return

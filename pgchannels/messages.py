@@ -210,7 +210,7 @@ class Message(Mapping[str, Any]):
 
         Raises:
             InvalidPayload: if the text is valid for PostgreSQL but not for orjson (nested deeper
-                than 1024 levels); only SQL can have published such a text.
+                than 1024 levels, a number such as 1e999); only SQL can have published it.
         """
         data = self._data
         if data is None:

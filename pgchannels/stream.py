@@ -129,6 +129,10 @@ class Stream:
         if self._subscription.offer(message):
             self._wake()
 
+    def missed(self) -> None:
+        """For the hub: messages are gone that it had still to offer."""
+        self._subscription.missed()
+
     async def batch(self) -> list[Message]:
         """Wait for messages and take all that are there: one at least, in order.
 

@@ -121,6 +121,11 @@ class Subscription:
             self.state = State.REPLAYING
         return True
 
+    def missed(self) -> None:
+        """The hub could not offer what retention has removed. Who replays sees that by itself."""
+        if self.state is State.LIVE:
+            self.truncated = True
+
     def next_read(self) -> Read | None:
         """The page that is needed now; None while one is still to be taken, or if live."""
         if self._page:

@@ -20,7 +20,7 @@ create function pgchannels.is_channel(name text) returns boolean
 language plpgsql immutable strict parallel safe
 as $$
 begin
-    return char_length(name) between 1 and 200 and name !~ '[\u0001-\u0020\u007f-\u00a0\u00ad\u061c\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff\ufff9-\uffff\U000e0000-\U000e0fff+#*]';
+    return char_length(name) between 1 and 200 and name !~ E'[\\u0001-\\u0020\\u007f-\\u00a0\\u00ad\\u061c\\u1680\\u180e\\u2000-\\u200f\\u2028-\\u202f\\u205f-\\u206f\\u3000\\ufeff\\ufff9-\\uffff\\U000e0000-\\U000e0fff+#*]';
 end
 $$;
 
@@ -35,12 +35,12 @@ as $$
 begin
     return json_typeof(payload) = 'object'
        and octet_length(payload::text) <= 16777216
-       and (strpos(payload::text, '\u') = 0
-            or payload::text !~ '\\u[dD][89a-fA-F]'
+       and (strpos(payload::text, E'\\u') = 0
+            or payload::text !~ E'\\\\u[dD][89a-fA-F]'
             or regexp_replace(
-                   replace(payload::text, '\\', ' '),
-                   '\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}', ' ', 'g')
-               !~ '\\u[dD][89a-fA-F]');
+                   replace(payload::text, E'\\\\', ' '),
+                   E'\\\\u[dD][89abAB][0-9a-fA-F]{2}\\\\u[dD][c-fC-F][0-9a-fA-F]{2}', ' ', 'g')
+               !~ E'\\\\u[dD][89a-fA-F]');
 end
 $$;
 

@@ -79,7 +79,6 @@ class JsonConsumer:
     def __init__(self, websocket: WebSocket, layer: PostgresLayer) -> None:
         self.websocket = websocket
         self.layer = layer
-        self._stream = layer.subscribe()
 
     @classmethod
     def as_endpoint(cls, layer: PostgresLayer) -> Callable[[WebSocket], Awaitable[None]]:
@@ -163,18 +162,18 @@ class JsonConsumer:
     async def run(self) -> None:
         """Serve the socket until it is closed."""
         code = ABNORMAL
-        async with self._stream:
-            try:
+        try:
+            async with self.layer.subscribe() as self._stream:
                 code = await self._serve()
-            except WebSocketDisconnect as gone:
-                code = gone.code
-            except ChannelLayerClosed:
-                code = SERVICE_RESTART
-            except Exception:
-                code = INTERNAL_ERROR
-                logger.exception("%s failed; its socket is closed", type(self).__name__)
-            finally:
-                await self._finish(code)
+        except WebSocketDisconnect as gone:
+            code = gone.code
+        except ChannelLayerClosed:
+            code = SERVICE_RESTART
+        except Exception:
+            code = INTERNAL_ERROR
+            logger.exception("%s failed; its socket is closed", type(self).__name__)
+        finally:
+            await self._finish(code)
 
     async def _serve(self) -> int:
         if (error := await self._guarded(self.connect())) is not None:

@@ -150,12 +150,15 @@ async def test_clients_resume_on_another_node(database_url: str, processes: Proc
                     await layer.send(ROOMS[published % len(ROOMS)], {"number": published})
                     published += 1
 
+            async def published_more_than(number: int) -> None:
+                await eventually(lambda: published > number)
+
             await publish(200)
             for victim in (0, 1, 0):
                 # In mid-stream: everyone has something, and nobody waits for the rest.
                 await eventually(lambda: all(client.on_the_wire for client in clients))
                 publishing = asyncio.create_task(publish(300))
-                await eventually(lambda before=published: published > before + 50)
+                await published_more_than(published + 50)
                 nodes[victim].kill()
                 await publishing
                 nodes[victim] = Node(processes, database_url)
@@ -182,9 +185,7 @@ async def test_a_publisher_that_dies_after_its_commit(
     """The node that polls finds what it left, although nobody was told."""
     settings = Settings.model_validate({**QUICK, "database_url": database_url})
     async with PostgresLayer(settings) as layer, layer.subscribe("room:0") as stream:
-        publisher = processes.start(
-            "-c", PUBLISHER, env={"PGCHANNELS_DATABASE_URL": database_url}
-        )
+        publisher = processes.start("-c", PUBLISHER, env={"PGCHANNELS_DATABASE_URL": database_url})
         await eventually(lambda: "committed" in processes.output(publisher))
         publisher.kill()
         async with asyncio.timeout(10):

@@ -1,4 +1,4 @@
-"""PostgreSQL restarts, or crashes and recovers, in mid-stream: nothing committed is lost or doubled."""
+"""PostgreSQL restarts, or crashes and recovers, in mid-stream: nothing is lost or doubled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from typing import Any
 
 import asyncpg
 import pytest
@@ -41,7 +42,7 @@ async def kill_a_backend(server: EmbeddedPostgres) -> None:
     finally:
         connection.terminate()
 
-    async def recovered() -> bool:
+    async def recovered() -> Any:
         try:
             again = await asyncpg.connect(server.url(), timeout=5)
         except (asyncpg.PostgresError, OSError):
@@ -82,6 +83,10 @@ class Publishing:
                 self.confirmed.append(key)
                 number, attempt = number + 1, 0
 
+    async def goes_on(self) -> None:
+        before = len(self.confirmed)
+        await eventually(lambda: len(self.confirmed) > before + 200, timeout=30)
+
     def stop(self) -> None:
         self._stopped = True
 
@@ -120,11 +125,9 @@ async def test_streams_stay_open_and_miss_nothing(
             for number in range(PUBLISHERS):
                 group.create_task(publishing.run(number))
             for _ in range(ROUNDS):
-                before = len(publishing.confirmed)
-                await eventually(lambda n=before: len(publishing.confirmed) > n + 200, timeout=30)
+                await publishing.goes_on()
                 await failure(own_server)
-            before = len(publishing.confirmed)
-            await eventually(lambda: len(publishing.confirmed) > before + 200, timeout=30)
+            await publishing.goes_on()
             publishing.stop()
         assert publishing.failures, "the failures went by unnoticed, so that this proves nothing"
         for channel in CHANNELS:
@@ -145,5 +148,4 @@ async def test_streams_stay_open_and_miss_nothing(
         assert {key for key in keys if not key.startswith("end")} <= publishing.attempted
         for got in received:
             assert got == log
-        for layer in (*layers, lagging):
-            await eventually(lambda layer=layer: layer.is_listening, timeout=20)
+        await eventually(lambda: all(a.is_listening for a in (*layers, lagging)), timeout=20)

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 def make_settings(database_url: str) -> Settings:
     return Settings(
-        database_url=database_url,  # type: ignore[arg-type]
+        database_url=database_url,
         page_size=PAGE,
         buffer_size=BUFFER,
         poll_interval=0.2,
@@ -158,8 +158,14 @@ async def test_a_socket_that_stops_reading(
                 slow_socket, ("127.0.0.1", listening.getsockname()[1])
             )
             slow = await stack.enter_async_context(
-                connect(url, sock=slow_socket, max_queue=2, compression=None, proxy=None,
-                        ping_interval=None)
+                connect(
+                    url,
+                    sock=slow_socket,
+                    max_queue=2,
+                    compression=None,
+                    proxy=None,
+                    ping_interval=None,
+                )
             )
             quick = await stack.enter_async_context(
                 connect(url, compression=None, proxy=None, ping_interval=None)

@@ -374,11 +374,11 @@ class TestUpkeep:
         connection.execute("select pgchannels.publish('room', '{\"n\": \"late\"}')")
         # As if a batch had been recorded that left it behind.
         connection.execute("update pgchannels.batches set snapshot = pg_current_snapshot()")
-        assert value(connection, "select sealed from pgchannels.seal()") == 0
+        assert value(connection, "select sealed from pgchannels.seal(10)") == 0
         report = await subject.run_once()
         assert report.stragglers == 1
         assert "1 stragglers" in caplog.text
-        assert value(connection, "select sealed from pgchannels.seal()") == 1
+        assert value(connection, "select sealed from pgchannels.seal(10)") == 1
         assert value(connection, "select payload->>'n' from pgchannels.messages where id = 2") == (
             "late"
         )
@@ -394,7 +394,7 @@ class TestUpkeep:
             assert (await subject.run_once()).stragglers == 0
             open_transaction.commit()
         assert (await subject.run_once()).stragglers == 0
-        assert value(connection, "select sealed from pgchannels.seal()") == 2
+        assert value(connection, "select sealed from pgchannels.seal(10)") == 2
 
 
 class TestSeveral:

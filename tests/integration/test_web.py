@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from urllib.parse import quote, urljoin
 
-import httpx
+import httpx2
 import psycopg
 import pytest
 import uvicorn
@@ -47,11 +47,11 @@ def allow() -> bool:
     return True
 
 
-def api(layer: PostgresLayer, authorize: Callable[..., Any] = allow) -> httpx.AsyncClient:
+def api(layer: PostgresLayer, authorize: Callable[..., Any] = allow) -> httpx2.AsyncClient:
     """A client of an application with the router alone."""
     app = FastAPI()
     app.include_router(channels_router(layer, authorize=authorize), prefix="/channels")
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test")
 
 
 def path(channel: str) -> str:
@@ -75,7 +75,7 @@ class TestLifespan:
             return request.state.layer is layer
 
         async with serve(app) as address:
-            async with httpx.AsyncClient() as client:
+            async with httpx2.AsyncClient() as client:
                 assert (await client.get(f"http://{address}/")).json() is True
             await eventually(lambda: layer.is_listening)
         assert not layer.is_listening

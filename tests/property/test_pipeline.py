@@ -1,7 +1,7 @@
 """The whole way, from a crowd of writers to readers that come and go: the promises, all at once.
 
 Writers commit, roll back and nest savepoints; several nodes, in this process and in others, compete
-for the sequencing, one of them is killed; readers move from node to node. Then the log and what each
+for the sequencing, one is killed; readers move from node to node. Then the log and what each
 reader got are compared with what was committed.
 """
 
@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from pgchannels import BEGINNING, PostgresLayer, Settings
 from pgchannels.orm import install
 from pgchannels.orm import publish as publish_in
+from pgchannels.store import Store
 from tests.support.eventually import eventually
 from tests.support.processes import Processes
 
@@ -65,7 +66,10 @@ async def main():
 asyncio.run(main())
 """
 
-INSERT = "insert into pgchannels.outbox (channel, payload) values ($1, json_build_object('key', $2::text))"
+INSERT = """
+insert into pgchannels.outbox (channel, payload)
+values ($1, json_build_object('key', $2::text))
+"""
 
 
 @dataclass
@@ -312,8 +316,7 @@ async def test_every_committed_message_once_in_one_order(
         scene = Scene(seed, layers)
         sessions = async_sessionmaker(engine)
         install(sessions, layers[0])
-        for process in others:
-            await eventually(lambda process=process: "sequencing" in processes.output(process))
+        await eventually(lambda: all("sequencing" in processes.output(other) for other in others))
         if held_open:
             await connection.execute("begin")
             await connection.execute(INSERT, CHANNELS[0], "held open")
@@ -357,3 +360,42 @@ async def test_every_committed_message_once_in_one_order(
                 late = await asyncio.wait_for(anext(stream), 10)
             assert (late.id, late["key"]) == (len(log) + 1, "held open")
         assert await connection.fetchval("select count(*) from pgchannels.outbox") == 0
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+async def test_a_page_is_whole_although_the_log_grew_a_partition_while_it_was_planned(
+    database_url: str, connection: Connection[Record], by_channel: bool
+) -> None:
+    """A plan without the newest partition must not meet a snapshot that has messages in it."""
+    await make_partitions_small(connection)
+    await connection.execute(
+        "insert into pgchannels.outbox (channel, payload) select 'a', '{}'"
+        " from generate_series(1, 100)"
+    )
+    await connection.execute("select pgchannels.seal(100)")  # fills the first partition
+    await connection.execute(
+        "insert into pgchannels.outbox (channel, payload) select 'a', '{}'"
+        " from generate_series(1, 20)"
+    )
+    blocker = await asyncpg.connect(database_url)
+    store = Store(Settings.model_validate({"database_url": database_url}))
+    await store.open()
+    try:
+        async with blocker.transaction():
+            # The planner has the list of partitions, and waits for the first of them.
+            await blocker.execute("lock table pgchannels.messages_1")
+            reading = asyncio.create_task(
+                store.read_channels(["a"], 90) if by_channel else store.read_log(90)
+            )
+            await eventually(
+                lambda: connection.fetchval(
+                    "select count(*) from pg_locks"
+                    " where relation = 'pgchannels.messages_1'::regclass and not granted"
+                )
+            )
+            await connection.execute("select pgchannels.seal(20)")
+        page = await asyncio.wait_for(reading, 10)
+        assert [message.id for message in page.messages] == list(range(91, page.head.id + 1))
+    finally:
+        await store.close()
+        await blocker.close(timeout=5)

@@ -1,4 +1,4 @@
-"""The subscription against a model of the log and of the hub: whatever happens, in whatever order."""
+"""The subscription against a model of log and hub: whatever happens, in whatever order."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ published = st.lists(st.tuples(channels, st.integers(2, MAX_SIZE)), min_size=1, 
 
 RULES: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     "publish": lambda r: {
-        "messages": [
-            (r.choice(CHANNELS), r.randint(2, MAX_SIZE)) for _ in range(r.randint(1, 6))
-        ]
+        "messages": [(r.choice(CHANNELS), r.randint(2, MAX_SIZE)) for _ in range(r.randint(1, 6))]
     },
     "hub_reads_on": lambda r: {"steps": r.randint(1, 8)},
     "prune": lambda r: {"by": r.randint(1, 6)},
@@ -309,9 +307,7 @@ class SubscriptionMachine(RuleBasedStateMachine):
             self._check_gap(channel, reader, upto)
 
     def _check_gap(self, channel: str, reader: Reader, upto: int) -> None:
-        missing = [
-            m.id for m in self.log[max(reader.last, 0) : upto] if m.channel == channel
-        ]
+        missing = [m.id for m in self.log[max(reader.last, 0) : upto] if m.channel == channel]
         assert all(id <= self.floor for id in missing), f"{channel} lacks {missing}"
         if missing and reader.last >= 0:
             assert reader.told or self.subscription.truncated, f"{missing} gone without a word"
@@ -327,7 +323,7 @@ class SubscriptionMachine(RuleBasedStateMachine):
 
 
 def test_each_message_once_in_order_and_nothing_lost() -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         SubscriptionMachine,
         settings=settings(
             max_examples=400,
