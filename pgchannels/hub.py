@@ -111,6 +111,9 @@ class Hub:
     def disconnected(self) -> None:
         """No hint can be counted on."""
         self._listening = False
+        # What has silenced the listener may have silenced this connection too, and a read would
+        # wait for an answer far longer than the listener waits for a heartbeat.
+        self._session.abort()
         self.reached(self.cursor + 1)  # from then on, at a shorter interval
 
     async def replay(self, channels: tuple[str, ...], after: int) -> LogPage:

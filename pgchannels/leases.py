@@ -7,14 +7,22 @@ paused, say) must do no harm. What needs to be exclusive takes a lock in the dat
 from __future__ import annotations
 
 import asyncio
+import logging
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
+
+from pgchannels.errors import DatabaseError
 
 if TYPE_CHECKING:
     from pgchannels.store import Queries
 
 __all__ = ["Lease"]
+
+logger = logging.getLogger("pgchannels.leases")
+
+# Seconds that it may take to let go of one.
+_RELEASE_TIME = 2.0
 
 
 class Lease:
@@ -47,7 +55,12 @@ class Lease:
         return self._held
 
     async def release(self) -> None:
-        """Let another node have it at once."""
-        if self._held:
-            self._held = False
-            await self._queries.fetch("drop_lease", self._name, self._holder)
+        """Let another node have it at once, or if that cannot be said, when it has run out."""
+        if not self._held:
+            return
+        self._held = False
+        try:
+            async with asyncio.timeout(_RELEASE_TIME):
+                await self._queries.fetch("drop_lease", self._name, self._holder)
+        except (DatabaseError, TimeoutError) as error:
+            logger.info("the lease %r was left to run out: %s", self._name, error)

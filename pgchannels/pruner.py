@@ -80,10 +80,7 @@ class Pruner:
     async def close(self) -> None:
         """Let another node prune."""
         if self._lease is not None:
-            try:
-                await self._lease.release()
-            except DatabaseError as error:
-                logger.info("the lease was left to run out: %s", error)
+            await self._lease.release()
         await self._session.close()
 
     async def run_once(self, *, dry_run: bool = False) -> PruneReport:

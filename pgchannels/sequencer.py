@@ -88,10 +88,7 @@ class Sequencer:
 
     async def close(self) -> None:
         """Let another node poll."""
-        try:
-            await self._lease.release()
-        except DatabaseError as error:
-            logger.info("the lease was left to run out: %s", error)
+        await self._lease.release()
         await self._session.close()
 
     async def _woken_within(self, seconds: float) -> None:

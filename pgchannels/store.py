@@ -81,6 +81,8 @@ class Queries:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._sql = load_queries(settings.schema_name)
+        # As an earlier answer has told: ids below this have had their partition since before now.
+        self._partitioned_to = 0
 
     async def fetch(self, name: str, *arguments: Any) -> list[Record]:
         """Run the query *name*."""
@@ -114,29 +116,37 @@ class Queries:
         self, channels: Sequence[str], after: int, *, limit: int | None = None
     ) -> LogPage:
         """The messages of *channels* with ids above *after*, oldest first."""
-        limit = limit or self._settings.page_size
-        size = self._settings.page_bytes
-        return self._page(
-            await self.fetch("read_channels", channels, after, limit, size), limit, size
-        )
+        limit, size = limit or self._settings.page_size, self._settings.page_bytes
+        return await self._read("read_channels", channels, after, limit=limit, size=size)
 
     async def read_backwards(self, channel: str, before: int, after: int, limit: int) -> LogPage:
         """The messages of *channel* with ids between *after* and *before*, newest first."""
         size = self._settings.page_bytes
-        rows = await self.fetch("read_channel_backwards", channel, before, limit, size, after)
-        return self._page(rows, limit, size)
+        return await self._read(
+            "read_channel_backwards", channel, before, after, limit=limit, size=size
+        )
 
     async def read_log(self, after: int) -> LogPage:
         """The messages of all channels with ids above *after*, oldest first."""
         limit, size = self._settings.page_size, self._settings.page_bytes
-        return self._page(await self.fetch("read_log", after, limit, size), limit, size)
+        return await self._read("read_log", after, limit=limit, size=size)
 
-    def _page(self, rows: list[Record], limit: int, size: int) -> LogPage:
-        head, epoch, floor = rows[0][:3]
+    async def _read(self, query: str, *arguments: Any, limit: int, size: int) -> LogPage:
+        while True:
+            # A statement is planned before it takes its snapshot. If in between a partition is
+            # attached and filled, the snapshot's head lies in a partition that the plan lacks, and
+            # the page has a hole. So a head counts only if the partition that it lies in was known
+            # of before the statement was sent; else, once more.
+            known = self._partitioned_to
+            rows = await self.fetch(query, *arguments, limit, size)
+            head, epoch, floor, partitioned_to = rows[0][:4]
+            self._partitioned_to = max(known, partitioned_to)
+            if head < known:
+                break
         messages = [
-            Message(row[3], row[4], row[5], row[6], row[7], epoch)
+            Message(row[4], row[5], row[6], row[7], row[8], epoch)
             for row in rows
-            if row[3] is not None
+            if row[4] is not None
         ]
         full = len(messages) == limit or sum(message.size for message in messages) >= size
         return LogPage(messages, Head(head, epoch, floor), full)
@@ -229,6 +239,11 @@ class Session(Queries):
                 await connection.close(timeout=_CLOSING_TIME)
             except (OSError, asyncpg.InterfaceError, asyncpg.PostgresError):
                 connection.terminate()
+
+    def abort(self) -> None:
+        """Cut the connection, and short what is under way on it. The next use makes a new one."""
+        if self._connection is not None:
+            self._connection.terminate()
 
     async def partitions(self) -> list[Partition]:
         return [Partition(*row) for row in await self.fetch("partitions")]

@@ -116,9 +116,10 @@ comment on column pgchannels.log.partitioned_to is 'the first id that no partiti
 create view pgchannels.bounds as
 select coalesce((select b.last_id from pgchannels.batches b order by b.last_id desc limit 1), 0) as head,
        coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1) as epoch,
-       (select l.floor from pgchannels.log l) as floor;
+       l.floor, l.partitioned_to
+  from pgchannels.log l;
 
-comment on view pgchannels.bounds is 'one row: the last id of the log, its epoch, and the floor';
+comment on view pgchannels.bounds is 'one row: the last id of the log, its epoch, the floor, and the first id without a partition';
 
 create table pgchannels.channels (
     name text not null,

@@ -24,7 +24,7 @@ select pg_notify($1, $2);
 -- "between" and "order by channel, id" leave the planner the index on (channel, id) alone. With
 -- "channel = …" and "order by id" it may walk the primary key and filter, expecting the channel all
 -- along it: for a quiet channel beside a few busy ones that is a walk over the whole log.
-select b.head, b.epoch, b.floor, p.id, p.channel, p.payload, p.created_at, p.size
+select b.head, b.epoch, b.floor, b.partitioned_to, p.id, p.channel, p.payload, p.created_at, p.size
   from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id) - m.size as before
@@ -41,22 +41,22 @@ select b.head, b.epoch, b.floor, p.id, p.channel, p.payload, p.created_at, p.siz
  order by p.id;
 
 -- name: read_channel_backwards
--- As read_channels, for one channel ($1) before an id ($2), newest first.
-select b.head, b.epoch, b.floor, p.id, p.channel, p.payload, p.created_at, p.size
+-- As read_channels, for one channel ($1) before an id ($2) and after one ($3), newest first.
+select b.head, b.epoch, b.floor, b.partitioned_to, p.id, p.channel, p.payload, p.created_at, p.size
   from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id desc) - m.size as before
         from (select m.* from pgchannels.messages m
                where m.channel between $1 and $1
-                 and m.id < $2::bigint and m.id > greatest($5::bigint, b.floor)
+                 and m.id < $2::bigint and m.id > greatest($3::bigint, b.floor)
                  and (m.expires_at is null or m.expires_at > clock_timestamp())
-               order by m.channel desc, m.id desc limit $3) m
-  ) p on p.before < $4::bigint
+               order by m.channel desc, m.id desc limit $4) m
+  ) p on p.before < $5::bigint
  order by p.id desc;
 
 -- name: read_log
 -- As read_channels, for the log as a whole.
-select b.head, b.epoch, b.floor, p.id, p.channel, p.payload, p.created_at, p.size
+select b.head, b.epoch, b.floor, b.partitioned_to, p.id, p.channel, p.payload, p.created_at, p.size
   from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id) - m.size as before

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
@@ -29,27 +28,7 @@ POLL = 0.2
 SOON = 10.0
 
 
-class Proxy(TcpProxy):
-    """One that ends with every connection, also with those that have only just been accepted."""
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        assert self._server is not None
-        # asyncpg's requests to cancel are connections too, and nobody waits for them. A turn of the
-        # loop each: to be accepted, and to begin.
-        for _ in range(20):
-            await asyncio.sleep(0)
-        self._server.close()
-        for _ in range(20):
-            await asyncio.sleep(0)
-        await super().__aexit__(exc_type, exc, traceback)
-
-
-class Pooler(Proxy):
+class Pooler(TcpProxy):
     """Loses notifications, as a pooler in transaction mode does: LISTEN, or what it brings."""
 
     def __init__(self, database_url: str, loses: Literal["LISTEN", "notifications"]) -> None:
@@ -185,7 +164,7 @@ async def test_a_silent_network_is_noticed_and_polled_over(
     """The listener's connection stays open, and nothing comes through it any more."""
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(PostgresLayer(make_settings(database_url)))
-        proxy = await stack.enter_async_context(Proxy(database_url))
+        proxy = await stack.enter_async_context(TcpProxy(database_url))
         layer = await stack.enter_async_context(
             PostgresLayer(make_settings(database_url, listen_url=proxy.url, command_timeout=5))
         )
@@ -214,7 +193,7 @@ async def test_a_network_that_goes_silent_for_good_holds_nothing_up_for_long(
     database_url: str,
 ) -> None:
     """Neither a publisher nor the end of the layer waits longer than a statement may take."""
-    async with Proxy(database_url) as proxy:
+    async with TcpProxy(database_url) as proxy:
         layer = PostgresLayer(make_settings(proxy.url, command_timeout=1))
         await layer.open()
         try:
@@ -231,7 +210,7 @@ async def test_a_network_that_goes_silent_for_good_holds_nothing_up_for_long(
 
 async def test_it_works_again_after_the_network_was_silent(database_url: str) -> None:
     async with AsyncExitStack() as stack:
-        proxy = await stack.enter_async_context(Proxy(database_url))
+        proxy = await stack.enter_async_context(TcpProxy(database_url))
         settings = make_settings(proxy.url, command_timeout=1, pool_size=2)
         layer = await stack.enter_async_context(PostgresLayer(settings))
         stream = await stack.enter_async_context(layer.subscribe("a"))
@@ -260,7 +239,7 @@ async def test_it_works_again_after_the_network_was_silent(database_url: str) ->
         await eventually(lambda: layer.is_listening, timeout=30)
 
 
-class Mute(Proxy):
+class Mute(TcpProxy):
     """Swallows, once, what a client says when it says *word*; the connection stays open."""
 
     def __init__(self, database_url: str, word: bytes) -> None:

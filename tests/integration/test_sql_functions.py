@@ -337,13 +337,13 @@ class TestPlans:
 
     def test_the_newest_of_a_channel(self, log: Connection, mode: str) -> None:
         scans = self.scans(
-            log, mode, "read_channel_backwards", "'room:7'", str(2**63 - 1), "6", "1048576", "0"
+            log, mode, "read_channel_backwards", "'room:7'", str(2**63 - 1), "0", "6", "1048576"
         )
         assert rows_read(scans) <= 396  # its own, of 19 800
 
     def test_the_newest_of_a_quiet_channel(self, log: Connection, mode: str) -> None:
         scans = self.scans(
-            log, mode, "read_channel_backwards", "'quiet'", str(2**63 - 1), "51", "1048576", "0"
+            log, mode, "read_channel_backwards", "'quiet'", str(2**63 - 1), "0", "51", "1048576"
         )
         # A partition of a few pages may be read as it is; not all 19 800 rows.
         assert rows_read(scans) <= 500

@@ -41,9 +41,18 @@ class TcpProxy:
         traceback: TracebackType | None,
     ) -> None:
         assert self._server is not None
+        # asyncpg's requests to cancel are connections too, and nobody waits for them. A few turns
+        # of the loop: for them to be accepted, and to begin.
+        await self._turns()
         self._server.close()
+        await self._turns()
         await self.cut()
         await self._server.wait_closed()
+
+    @staticmethod
+    async def _turns() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
 
     @property
     def port(self) -> int:
