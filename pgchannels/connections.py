@@ -27,6 +27,8 @@ UNAVAILABLE = (
     # The server has become a standby, or this connection leads to one.
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.InterfaceError,
+    # A statement met the server's farewell, which has come and not yet been taken in.
+    asyncpg.InternalClientError,
     OSError,  # includes ConnectionError and TimeoutError
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pgchannels.errors import ChannelLayerClosed, DatabaseError, DatabaseUnavailable
@@ -71,15 +71,15 @@ class Publisher:
             try:
                 await self._insert(batch)
             except BaseException as error:
-                # Cancelled (the loop shuts down) or failed in an unforeseen way: whoever waits
-                # must learn of it. Then on it goes, to be seen by close().
-                for waiting in [*batch, *self._waiting]:
-                    if not waiting.done.done():
-                        waiting.done.set_exception(
-                            DatabaseUnavailable(f"publishing was interrupted: {error!r}")
-                        )
-                self._waiting.clear()
-                raise
+                # Failed in an unforeseen way, or cancelled because the loop shuts down: whoever
+                # waits must learn of it.
+                interrupted = DatabaseUnavailable(f"publishing was interrupted: {error!r}")
+                interrupted.__cause__ = error
+                _settle(batch, interrupted)
+                if not isinstance(error, Exception):
+                    _settle(self._waiting, interrupted)
+                    self._waiting.clear()
+                    raise
 
     def _next_batch(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
@@ -108,7 +108,7 @@ class Publisher:
             _settle(batch, None)
 
 
-def _settle(batch: Sequence[_Waiting], error: DatabaseError | None) -> None:
+def _settle(batch: Iterable[_Waiting], error: DatabaseError | None) -> None:
     for waiting in batch:
         if waiting.done.done():
             continue  # cancelled while the insert was under way

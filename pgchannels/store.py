@@ -211,8 +211,8 @@ class Store(Queries):
             async with self._pool.acquire() as connection:
                 try:
                     rows: list[Record] = await connection.fetch(sql, *arguments)
-                except asyncpg.ReadOnlySQLTransactionError:
-                    connection.terminate()  # or the pool would lend it out again and again
+                except UNAVAILABLE:
+                    connection.terminate()  # or the pool would lend it out again
                     raise
         return rows
 
