@@ -16,7 +16,6 @@ import uvicorn
 from fastapi import FastAPI, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
-from benchmarks.arrivals import Arrivals, now
 from benchmarks.loop import run
 from benchmarks.payloads import PAYLOAD_TEXT
 from benchmarks.peers.protocol import serve
@@ -26,44 +25,20 @@ from pgchannels.web import JsonConsumer, lifespan
 GROUP = "room:1"
 
 
-class Sends:
-    """What has been sent by the consumers, counted by `Counting`."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.arrivals = Arrivals()
-        self.bytes = 0
-        self.first = 0.0
-
-    def add(self, size: int) -> None:
-        if not self.bytes:
-            self.first = now()
-        self.bytes += size
-        self.arrivals.add()
-
-
 class Server:
     def __init__(self, layer: PostgresLayer) -> None:
-        self._sends = sends = Sends()
+        self._layer = layer
         self._bare: list[WebSocket] = []
         self._joined = 0
 
-        class Counting(JsonConsumer):
+        class Consumer(JsonConsumer):
             async def connect(_self) -> None:  # noqa: N805 - `self` is the server
                 await _self.accept()
                 await _self.join(GROUP)
                 self._joined += 1
 
-            async def forward(_self, message: Message) -> None:  # noqa: N805
-                # What JsonConsumer's own method does, and the counting.
-                text = message.envelope
-                await _self.websocket.send_text(text)
-                sends.add(len(text))
-
         self.app = FastAPI(lifespan=lifespan(layer))
-        self.app.add_api_websocket_route("/consumer", Counting.as_endpoint(layer))
+        self.app.add_api_websocket_route("/consumer", Consumer.as_endpoint(layer))
         self.app.add_api_websocket_route("/bare", self._bare_endpoint)
 
     async def _bare_endpoint(self, websocket: WebSocket) -> None:
@@ -80,21 +55,26 @@ class Server:
     def cpu(self) -> float:
         return time.process_time()
 
-    def expect(self) -> None:
-        """Messages are about to be published."""
-        self._sends.reset()
+    async def head(self) -> str:
+        return str((await self._layer.history(GROUP, limit=1)).position)
 
-    async def forwarded(self, count: int) -> dict[str, float]:
-        """Wait until the consumers have sent *count*; what it took, from the first to the last."""
-        sends = self._sends
-        end = await sends.arrivals.reached(count)
-        return {"seconds": end - sends.first, "bytes": sends.bytes}
+    async def published(self, after: str, count: int) -> int:
+        """Wait until *count* messages have come after a position; the bytes of their envelopes."""
+        size = 0
+        async with self._layer.subscribe(GROUP, after=after) as messages:
+            async for message in messages:
+                size += len(message.envelope)
+                count -= 1
+                if not count:
+                    break
+        return size
 
-    async def loop(self, messages: int, *, yielding: bool) -> dict[str, float]:
-        """Send as many messages of the same form to each bare socket.
+    async def loop(self, messages: int, *, apart: float) -> int:
+        """Send as many messages of the same form to each bare socket; the bytes of one copy.
 
-        *yielding* lets the event loop write out each message before the next, as when they come one
-        by one. Without it uvloop gathers what is written to a socket and sends it at once.
+        They come *apart* seconds from each other. Without a pause uvloop gathers what is written to
+        a socket and sends it at once, and clients that are awake need not be woken: both make a
+        loop cheaper than messages that come one by one can be.
         """
         texts = [
             Message(
@@ -102,15 +82,13 @@ class Server:
             ).envelope
             for n in range(messages)
         ]
-        start = now()
         for text in texts:
             for websocket in self._bare:
                 await websocket.send_text(text)
-            if yielding:
-                await asyncio.sleep(0)
+            if apart:
+                await asyncio.sleep(apart)
         await asyncio.sleep(0)
-        seconds = now() - start
-        return {"seconds": seconds, "bytes": sum(map(len, texts)) * len(self._bare)}
+        return sum(map(len, texts))
 
 
 async def main() -> None:
@@ -128,8 +106,8 @@ async def main() -> None:
                 "port": lambda: listening.getsockname()[1],
                 "connected": server.connected,
                 "cpu": server.cpu,
-                "expect": server.expect,
-                "forwarded": server.forwarded,
+                "head": server.head,
+                "published": server.published,
                 "loop": server.loop,
             }
         )
