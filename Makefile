@@ -21,9 +21,9 @@ help: ## show this list
 demo: $(DEMO) ## run the demo, with a PostgreSQL of its own (ARGS="..." for options, ARGS=--help lists them)
 	@exec $(BIN)/pgchannels demo $(ARGS)
 
-test: $(DEV) ## the tests on PostgreSQL 18, then those that use a database on PostgreSQL 16
-	$(PYTEST) $(XDIST) --postgres=18 --ignore=tests/browser $(ARGS)
-	$(PYTEST) $(XDIST) --postgres=16 tests/integration $(ARGS)
+test: $(DEV) ## the tests on PostgreSQL 18, then those that need one on PostgreSQL 16
+	$(PYTEST) $(XDIST) --postgres=18 $(ARGS)
+	$(PYTEST) $(XDIST) --postgres=16 tests/integration tests/migrations tests/property tests/faults $(ARGS)
 
 browser-test: $(DEV) ## the tests that drive a browser (needs chromium)
 	@$(PYTEST) tests/browser $(ARGS)

@@ -64,12 +64,10 @@ class Hub:
         # The highest id that was hinted at since the last look.
         self._hinted = 0
         self.cursor = 0
-        self.epoch = 1
 
     async def open(self) -> None:
-        """Begin at the end of the log. LISTEN may come later: ``on_connected`` catches up."""
-        head = await self._session.head()
-        self.cursor, self.epoch = head.id, head.epoch
+        """Begin at the end of the log. LISTEN may come later: ``connected()`` looks."""
+        self.cursor = (await self._session.head()).id
 
     async def close(self) -> None:
         """Wait for the reads that are under way; the store, closed before, has cut them short."""
@@ -196,7 +194,6 @@ class Hub:
 
     async def _hand_out(self, page: LogPage, *, complete: bool) -> bool:
         """Offer a page's messages. True if it had to stop because the page lacks a channel."""
-        self.epoch = page.head.epoch
         offers = 0
         for message in page.messages:
             subscribers = self._index.get(message.channel)
