@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pgchannels import migrate
-from pgchannels.errors import ConfigurationError, SchemaError
+from pgchannels.errors import ConfigurationError
 from pgchannels.pruner import Pruner, PruneReport
-from pgchannels.schema import NEEDED_REVISION, REVISIONS
+from pgchannels.schema import NEEDED_REVISION, check_revision
 from pgchannels.settings import Settings
 from pgchannels.store import Session
 
@@ -82,12 +82,10 @@ def migrate_(
         typer.echo(migrate.script(settings), nl=False)
         return
     found = migrate.current(settings)
-    if found is not None and found not in REVISIONS:
-        raise SchemaError(settings.schema_name, found, NEEDED_REVISION, newer=True)
     if found == NEEDED_REVISION:
         typer.echo(f"schema {settings.schema_name!r} is up to date (revision {found})")
     elif check:
-        raise SchemaError(settings.schema_name, found, NEEDED_REVISION)
+        check_revision(settings.schema_name, found)
     else:
         migrate.upgrade(settings)
         before = "created" if found is None else f"migrated from revision {found}"
@@ -111,10 +109,7 @@ def prune(
 ) -> None:
     """Remove what is past its retention, once. Nodes do so too, by themselves."""
     settings = _settings(database_url=database_url, schema_name=schema, retention=retention)
-    found = migrate.current(settings)
-    if found != NEEDED_REVISION:
-        newer = found is not None and found not in REVISIONS
-        raise SchemaError(settings.schema_name, found, NEEDED_REVISION, newer=newer)
+    check_revision(settings.schema_name, migrate.current(settings))
     report = asyncio.run(_prune(settings, dry_run=dry_run))
     _print_report(report, settings, dry_run=dry_run)
     if report.problems:

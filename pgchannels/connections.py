@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 __all__ = ["UNAVAILABLE", "connect", "create_pool", "driver_errors"]
 
-# "The server is not there (now)": class 57P is its shutting down or starting up, 53300 that it has
-# no connection to spare (manual, appendix A).
+# "The server is not there (now)": class 57P is its shutting down or starting up, 53 that it has no
+# connection, memory or disk to spare, 57014 that a statement_timeout has hit (manual, appendix A).
 UNAVAILABLE = (
     asyncpg.PostgresConnectionError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.CannotConnectNowError,
     asyncpg.IdleSessionTimeoutError,
-    asyncpg.TooManyConnectionsError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.QueryCanceledError,
     # The server has become a standby, or this connection leads to one.
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.InterfaceError,
@@ -69,12 +70,14 @@ def driver_errors() -> Iterator[None]:
         ) from error
 
 
-async def connect(dsn: str, *, role: str, **options: Any) -> Connection:
+async def connect(dsn: str, *, role: str, pooled: bool = False, **options: Any) -> Connection:
     """Open one connection in autocommit and READ COMMITTED, whatever the server's defaults.
 
     Args:
         dsn: a libpq URL.
         role: what it is for; shows in ``pg_stat_activity.application_name``.
+        pooled: the session may be shared with other clients. Then nothing is set in it and nothing
+            prepared, and it is only good for single statements.
         options: for :func:`asyncpg.connect`.
 
     Raises:
@@ -83,6 +86,8 @@ async def connect(dsn: str, *, role: str, **options: Any) -> Connection:
     """
     with driver_errors():
         try:
+            if pooled:
+                options["statement_cache_size"] = 0
             connection: Connection = await asyncpg.connect(dsn, timeout=_CONNECT_TIME, **options)
         except ValueError:
             # The driver's own words may quote a part of the password.
@@ -90,6 +95,8 @@ async def connect(dsn: str, *, role: str, **options: Any) -> Connection:
                 "the database's URL cannot be read: in user names and passwords, characters such "
                 "as / : @ % must be percent-encoded"
             ) from None
+        if pooled:
+            return connection
         try:
             await connection.execute(_PREPARE, role, timeout=_CONNECT_TIME)
         except BaseException:
@@ -98,11 +105,12 @@ async def connect(dsn: str, *, role: str, **options: Any) -> Connection:
     return connection
 
 
-def create_pool(dsn: str, *, size: int, command_timeout: float) -> Pool:
+def create_pool(dsn: str, *, size: int, command_timeout: float, pooled: bool) -> Pool:
     """Describe a pool; it connects when it is awaited or entered."""
 
     async def connect_for_pool(*_: Any, **options: Any) -> Connection:
-        return await connect(dsn, role="pool", **{**options, "command_timeout": command_timeout})
+        options["command_timeout"] = command_timeout
+        return await connect(dsn, role="pool", pooled=pooled, **options)
 
     return asyncpg.create_pool(
         dsn,

@@ -54,6 +54,7 @@ class SchemaError(ConfigurationError):
         schema: name of the PostgreSQL schema that was looked at.
         found: the revision in the database; None if there is no pgchannels schema at all.
         needed: the revision that this version of pgchannels works on.
+        newer: the database's revision is not known here, so a later version has made it.
     """
 
     def __init__(self, schema: str, found: str | None, needed: str, *, newer: bool = False) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from pgchannels.backoff import Backoff
-from pgchannels.errors import DatabaseError
-from pgchannels.store import LogPage
+from pgchannels.errors import ChannelLayerClosed, DatabaseError
+from pgchannels.messages import Position
+from pgchannels.store import Head, LogPage
 
 if TYPE_CHECKING:
     from pgchannels.messages import Message
@@ -50,9 +52,19 @@ class Hub:
         settings: how often to look without a hint, and how much at a time.
         session: reads the log, on a connection of its own.
         store: reads pages for subscribers that replay.
+        on_rewritten: called with the position that was reached in a log which is no more, because
+            a backup was restored, or a standby promoted that had not received all of it.
     """
 
-    def __init__(self, settings: Settings, session: Session, store: Store) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        session: Session,
+        store: Store,
+        *,
+        on_rewritten: Callable[[Position], None],
+    ) -> None:
+        self._on_rewritten = on_rewritten
         self._settings = settings
         self._session = session
         self._store = store
@@ -64,10 +76,17 @@ class Hub:
         # The highest id that was hinted at since the last look.
         self._hinted = 0
         self.cursor = 0
+        self._epoch = 1
+        self._closed = False
 
     async def open(self) -> None:
         """Begin at the end of the log. LISTEN may come later: ``connected()`` looks."""
-        self.cursor = (await self._session.head()).id
+        head = await self._session.head()
+        self.cursor, self._epoch = head.id, head.epoch
+
+    def refuse(self) -> None:
+        """Register nobody any more."""
+        self._closed = True
 
     async def close(self) -> None:
         """Wait for the reads that are under way; the store, closed before, has cut them short."""
@@ -75,7 +94,13 @@ class Hub:
         await self._session.close()
 
     def register(self, channel: str, subscriber: Subscriber) -> None:
-        """From now on, offer the channel's messages above :attr:`cursor` to *subscriber*."""
+        """From now on, offer the channel's messages above :attr:`cursor` to *subscriber*.
+
+        Raises:
+            ChannelLayerClosed: after ``refuse()``.
+        """
+        if self._closed:
+            raise ChannelLayerClosed("the channel layer has been closed")
         subscribers = self._index.get(channel)
         if subscribers is None:
             subscribers = self._index[channel] = {}
@@ -178,12 +203,21 @@ class Hub:
             everything = channels is not None and self._grown
             if everything:
                 continue
+            if page.head.id < self.cursor or page.head.epoch != self._epoch:
+                self._begin_anew(page.head)
+                return
             if page.head.floor > self.cursor:
                 for subscriber in {s for each in self._index.values() for s in each}:
                     subscriber.missed()
             everything = await self._hand_out(page, complete=channels is None)
             if not page.full and not everything:
                 return
+
+    def _begin_anew(self, head: Head) -> None:
+        reached = Position(self._epoch, self.cursor)
+        logger.error("the log has been rewritten: it ends at %s, %s had been read", head, reached)
+        self.cursor, self._epoch = head.id, head.epoch
+        self._on_rewritten(reached)
 
     async def _read(self, channels: list[str] | None) -> LogPage:
         if channels is None:

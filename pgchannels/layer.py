@@ -41,6 +41,10 @@ logger = logging.getLogger("pgchannels")
 
 MAX_HISTORY = 1000
 
+_NOT_OPEN = (
+    "the channel layer is not open: use 'async with layer:', or FastAPI(lifespan=lifespan(layer))"
+)
+
 
 @dataclass(frozen=True)
 class HistoryPage:
@@ -53,7 +57,7 @@ class HistoryPage:
     """The end of the log when this was read. To go on live from the newest page without a gap or a
     repeat, subscribe after this."""
     truncated: bool
-    """Retention has removed messages that were asked for."""
+    """Retention may have removed messages that were asked for."""
 
 
 class PostgresLayer:
@@ -78,6 +82,7 @@ class PostgresLayer:
         self.settings = settings or Settings()
         self._node: _Node | None = None
         self._changing = asyncio.Lock()
+        self._stopping: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -99,17 +104,28 @@ class PostgresLayer:
             DatabaseUnavailable: the server cannot be reached.
         """
         async with self._changing:
+            await self._stopped()
             if self._node is None:
                 node = _Node(self.settings)
                 await node.start()
                 self._node = node
 
     async def close(self) -> None:
-        """Finish what is being published, end every stream and task. Again: does nothing."""
+        """Finish what is being published, end every stream and task. Again: does nothing.
+
+        Takes a few seconds at most, also while the database is away. Cancelled, it goes on by
+        itself, and the next call waits for it.
+        """
         async with self._changing:
             node, self._node = self._node, None
             if node is not None:
-                await node.stop()
+                self._stopping = asyncio.create_task(node.stop(), name="pgchannels close")
+            await self._stopped()
+
+    async def _stopped(self) -> None:
+        if self._stopping is not None:
+            await asyncio.shield(self._stopping)
+            self._stopping = None
 
     @property
     def is_listening(self) -> bool:
@@ -213,7 +229,8 @@ class PostgresLayer:
             messages=messages,
             next=messages[-1].position if more and messages else None,
             position=Position(page.head.epoch, page.head.id),
-            truncated=low != BEGINNING and low.id < page.head.floor,
+            truncated=(low != BEGINNING and low.id < page.head.floor)
+            or (high is not None and high.id <= page.head.floor),
         )
 
     def wake(self) -> None:
@@ -225,7 +242,7 @@ class PostgresLayer:
     @property
     def _opened(self) -> _Node:
         if self._node is None:
-            raise ChannelLayerClosed("the channel layer is not open: use 'async with layer:'")
+            raise ChannelLayerClosed(_NOT_OPEN)
         return self._node
 
 
@@ -246,7 +263,12 @@ class _Node:
         self.streams: set[Stream] = set()
         self.store = Store(settings)
         # Not by way of listen_url: when that is dead, polling must go on.
-        self.hub = Hub(settings, Session(settings, "hub", dsn=settings.dsn), self.store)
+        self.hub = Hub(
+            settings,
+            Session(settings, "hub", dsn=settings.dsn),
+            self.store,
+            on_rewritten=self._end_streams_after,
+        )
         sequencing = Session(settings, "sequencer")
         self._sequencer = Sequencer(
             settings,
@@ -271,6 +293,7 @@ class _Node:
         try:
             await self.store.open()
             await self.hub.open()
+            await self._sequencer.open()
         except BaseException:
             await self.stop()
             raise
@@ -285,7 +308,8 @@ class _Node:
             )
 
     async def stop(self) -> None:
-        # Publishers first: their messages are committed; any node will sequence them.
+        self.hub.refuse()
+        # Publishers first: what they have committed, any node will sequence.
         await self.publisher.close()
         for task in self._tasks:
             task.cancel()
@@ -295,6 +319,10 @@ class _Node:
         await asyncio.gather(self._sequencer.close(), self._pruner.close())
         await self.store.close()
         await self.hub.close()
+
+    def _end_streams_after(self, reached: Position) -> None:
+        for stream in list(self.streams):
+            stream.close(UnknownPosition(reached))
 
     def wake(self) -> None:
         try:

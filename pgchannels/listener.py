@@ -126,8 +126,9 @@ class Listener:
             raise _Deaf("the session does not listen any more")
         self._echo.clear()
         try:
-            await self._store.notify(self._echo_channel, "")
-        except DatabaseUnavailable:
+            async with asyncio.timeout(interval):
+                await self._store.notify(self._echo_channel, "")
+        except (DatabaseUnavailable, TimeoutError):
             return  # says nothing about this connection, which has just answered
         try:
             async with asyncio.timeout(interval):

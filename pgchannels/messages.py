@@ -58,7 +58,9 @@ def check_channel(channel: object) -> str:
         InvalidChannel: if it is not.
     """
     if not isinstance(channel, str):
-        raise InvalidChannel(channel, "it must be a str")
+        several = isinstance(channel, (list, tuple, set))
+        hint = "; give several channels as several arguments" if several else ""
+        raise InvalidChannel(channel, f"it must be a str{hint}")
     if not 1 <= len(channel) <= MAX_CHANNEL_LENGTH:
         raise InvalidChannel(channel, f"it must have 1 to {MAX_CHANNEL_LENGTH} characters")
     if match := _FORBIDDEN.search(channel):
@@ -82,9 +84,10 @@ def encode_payload(payload: object, *, max_size: int) -> str:
     """
     if not isinstance(payload, dict):
         if not isinstance(payload, Mapping):
+            hint = "; of a pydantic model, pass model_dump()" if _is_model(payload) else ""
             raise InvalidPayload(
                 f"the payload must be a mapping, to become a JSON object, not "
-                f"{type(payload).__name__}"
+                f"{type(payload).__name__}{hint}"
             )
         payload = dict(payload)
     try:
@@ -98,6 +101,10 @@ def encode_payload(payload: object, *, max_size: int) -> str:
     if len(encoded) > max_size:
         raise MessageTooLarge(len(encoded), max_size)
     return encoded.decode()
+
+
+def _is_model(value: object) -> bool:
+    return hasattr(value, "model_dump")
 
 
 def check_ttl(ttl: float | timedelta | None) -> timedelta | None:

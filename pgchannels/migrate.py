@@ -21,8 +21,8 @@ from sqlalchemy.pool import NullPool
 
 from pgchannels.bundled import bundled
 from pgchannels.connections import connect
-from pgchannels.errors import DatabaseError, SchemaError
-from pgchannels.schema import NEEDED_REVISION, REVISIONS, VERSION_TABLE
+from pgchannels.errors import DatabaseError
+from pgchannels.schema import NEEDED_REVISION, REVISIONS, VERSION_TABLE, check_revision
 from pgchannels.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def upgrade(settings: Settings | str, revision: str = "head") -> None:
     resolved = _settings(settings)
     found = current(resolved)
     if found is not None and found not in REVISIONS:
-        raise SchemaError(resolved.schema_name, found, NEEDED_REVISION, newer=True)
+        check_revision(resolved.schema_name, found)
     _run_command(resolved, lambda config: command.upgrade(config, revision))
 
 

@@ -10,7 +10,6 @@ objects. After a commit only the sequencer is woken.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -151,7 +150,7 @@ def publish(
     if sync_session._flushing:  # noqa: SLF001 - what Session.add() itself asks, to warn
         # From an event inside a flush, where nothing may be added any more. What was published
         # before goes first.
-        _insert(sync_session, [*_pending(sync_session), entry])
+        _insert(sync_session, entry)
     else:
         sync_session.add(entry)
 
@@ -253,15 +252,12 @@ def _check_bind(session: Session, entry_class: type[Entry]) -> None:
         )
 
 
-def _pending(session: Session) -> list[Entry]:
-    """Take the entries that wait in *session*, in the order of publishing."""
-    entries = [entry for entry in session.new if isinstance(entry, Entry)]
-    for entry in entries:
-        session.expunge(entry)
-    return entries
-
-
-def _insert(session: Session, entries: Sequence[Entry]) -> None:
+def _insert(session: Session, *more: Entry) -> None:
+    """Insert the entries that wait in *session*, in the order of publishing, and then *more*."""
+    pending = [entry for entry in session.new if isinstance(entry, Entry)]
+    entries = [*pending, *more]
+    if not entries:
+        return
     installed = _installation(session)
     schema = installed.settings.schema_name
     connection = session.connection(bind_arguments={"mapper": _entry_class(schema)})
@@ -274,6 +270,9 @@ def _insert(session: Session, entries: Sequence[Entry]) -> None:
             "ttls": [entry.ttl for entry in entries],
         },
     )
+    # Only now: had the insert failed, they would have to wait on, as the session's objects do.
+    for entry in pending:
+        session.expunge(entry)
     session.info[_PUBLISHED] = True
 
 
@@ -288,8 +287,7 @@ def _check_transaction(connection: Connection) -> None:
 
 
 def _before_flush(session: Session, *_: object) -> None:
-    if entries := _pending(session):
-        _insert(session, entries)
+    _insert(session)
 
 
 def _after_commit(session: Session) -> None:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Publisher"]
 
 _MAX_MESSAGES = 2000
-_MAX_BYTES = 8 * 1024 * 1024
+_MAX_CHARACTERS = 8 * 1024 * 1024
+# Seconds that close() leaves for what is under way.
+_CLOSING_TIME = 5.0
 
 
 class _Waiting(NamedTuple):
@@ -61,10 +63,13 @@ class Publisher:
         await done
 
     async def close(self) -> None:
-        """Publish what is waiting, then refuse more."""
+        """Publish what is waiting, within a few seconds, and refuse more."""
         self._closed = True
         if self._task is not None:
-            await self._task
+            _, late = await asyncio.wait([self._task], timeout=_CLOSING_TIME)
+            for task in late:
+                task.cancel()
+                await asyncio.wait([task])
 
     async def _flush(self) -> None:
         while batch := self._next_batch():
@@ -84,7 +89,7 @@ class Publisher:
     def _next_batch(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
         size = 0
-        while self._waiting and len(batch) < _MAX_MESSAGES and size < _MAX_BYTES:
+        while self._waiting and len(batch) < _MAX_MESSAGES and size < _MAX_CHARACTERS:
             waiting = self._waiting.popleft()
             if not waiting.done.cancelled():
                 batch.append(waiting)

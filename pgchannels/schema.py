@@ -11,7 +11,16 @@ from typing import Any
 from sqlalchemy import BigInteger, Column, DateTime, Identity, MetaData, Table, Text
 from sqlalchemy.types import UserDefinedType
 
-__all__ = ["NEEDED_REVISION", "REVISIONS", "VERSION_TABLE", "EncodedJSON", "outbox"]
+from pgchannels.errors import SchemaError
+
+__all__ = [
+    "NEEDED_REVISION",
+    "REVISIONS",
+    "VERSION_TABLE",
+    "EncodedJSON",
+    "check_revision",
+    "outbox",
+]
 
 REVISIONS = ("0001",)
 """Every revision that there has been, oldest first."""
@@ -19,6 +28,14 @@ REVISIONS = ("0001",)
 NEEDED_REVISION = REVISIONS[-1]
 
 VERSION_TABLE = "alembic_version"
+
+
+def check_revision(schema: str, found: str | None) -> None:
+    """Raise :class:`SchemaError` if *found* is not the revision that this code works on."""
+    if found != NEEDED_REVISION:
+        raise SchemaError(
+            schema, found, NEEDED_REVISION, newer=found is not None and found not in REVISIONS
+        )
 
 
 class EncodedJSON(UserDefinedType[str]):

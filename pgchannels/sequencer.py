@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pgchannels.backoff import Backoff
-from pgchannels.errors import DatabaseError
+from pgchannels.errors import DatabaseError, DatabaseUnavailable
 
 if TYPE_CHECKING:
     from pgchannels.leases import Lease
@@ -49,6 +49,13 @@ class Sequencer:
         self._session = session
         self._lease = lease
         self._wakeup = asyncio.Event()
+
+    async def open(self) -> None:
+        """Try the connection, so that a URL which nothing can come of is found at the start."""
+        try:
+            await self._session.head()
+        except DatabaseUnavailable as error:
+            logger.warning("nothing is sequenced until this works: %s", error)
 
     def wake(self) -> None:
         """Something was published. From the event loop's thread only."""

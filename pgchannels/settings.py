@@ -39,13 +39,14 @@ class Settings(BaseSettings):
     """``postgresql://…``, as libpq takes it; a SQLAlchemy driver suffix is taken off."""
 
     listen_url: SecretStr | None = None
-    """Where to LISTEN and to run the sequencer, if ``database_url`` leads through a pooler."""
+    """The server itself, if ``database_url`` leads through a pooler that shares sessions: for what
+    needs one of its own (LISTEN, the sequencer, the pruner, migrations). Given together with it."""
 
     schema_name: str = Field("pgchannels", pattern=r"^[a-z_][a-z0-9_]{0,39}$")
     """The PostgreSQL schema of the tables; also the name that is notified."""
 
     pool_size: int = Field(5, ge=1, le=1000)
-    """Connections at most for reading and publishing. Two more listen and sequence."""
+    """Connections at most for publishing and replaying. A node keeps four more for its tasks."""
 
     command_timeout: Seconds = 30.0
     """How long a statement may take before its connection counts as dead."""
@@ -63,7 +64,8 @@ class Settings(BaseSettings):
     """How often the listening connection is tried. A dead one is noticed within two of these."""
 
     lease_time: Seconds = 15.0
-    """For how long a node that died keeps its tasks (frequent polling, pruning) from others."""
+    """For how long a node that died keeps the frequent polling from others (pruning: for twice the
+    ``prune_interval``, if that is longer)."""
 
     batch_size: int = Field(10_000, ge=1, le=100_000)
     """Messages that one transaction of the sequencer moves at most."""
@@ -87,6 +89,9 @@ class Settings(BaseSettings):
     """How often the pruner looks for work."""
 
     def __init__(self, **values: Any) -> None:
+        if values.get("database_url") is not None:
+            # A listen_url from the environment would belong to another database.
+            values.setdefault("listen_url", None)
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -130,8 +135,13 @@ class Settings(BaseSettings):
 
     @property
     def listen_dsn(self) -> str:
-        """The URL for connections that must keep their session: LISTEN and the sequencer."""
+        """The URL for connections that must keep their session."""
         return self.listen_url.get_secret_value() if self.listen_url else self.dsn
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether sessions on ``dsn`` may be shared with others, as a pooler does."""
+        return self.listen_dsn != self.dsn
 
 
 def _explain(error: ValidationError) -> str:

@@ -17,10 +17,9 @@ from pgchannels.connections import UNAVAILABLE, connect, create_pool, driver_err
 from pgchannels.errors import (
     ChannelLayerClosed,
     DatabaseError,
-    SchemaError,
 )
 from pgchannels.messages import Message
-from pgchannels.schema import NEEDED_REVISION, REVISIONS
+from pgchannels.schema import check_revision
 from pgchannels.sql import load_queries
 
 if TYPE_CHECKING:
@@ -170,6 +169,7 @@ class Store(Queries):
             self._settings.dsn,
             size=self._settings.pool_size,
             command_timeout=self._settings.command_timeout,
+            pooled=self._settings.is_pooled,
         )
         with driver_errors():
             self._pool = await pool
@@ -197,12 +197,10 @@ class Store(Queries):
         except DatabaseError as error:
             # undefined_table, also where the schema is missing; invalid_schema_name
             if error.sqlstate in ("42P01", "3F000"):
-                raise SchemaError(schema, None, NEEDED_REVISION) from None
-            raise
-        found = rows[0][0] if rows else None
-        if found != NEEDED_REVISION:
-            newer = found is not None and found not in REVISIONS
-            raise SchemaError(schema, found, NEEDED_REVISION, newer=newer)
+                rows = []
+            else:
+                raise
+        check_revision(schema, rows[0][0] if rows else None)
 
     async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Record]:
         if self._pool is None:
@@ -272,6 +270,8 @@ class Session(Queries):
 
     async def _connected(self) -> Connection:
         if self._connection is None or self._connection.is_closed():
-            dsn = self._dsn or self._settings.listen_dsn
-            self._connection = await connect(dsn, role=self._role)
+            settings = self._settings
+            dsn = self._dsn or settings.listen_dsn
+            pooled = settings.is_pooled and dsn == settings.dsn
+            self._connection = await connect(dsn, role=self._role, pooled=pooled)
         return self._connection

@@ -25,7 +25,10 @@ logger = logging.getLogger("pgchannels.stream")
 
 
 class Stream:
-    """The messages of some channels, in the order of the log: first what was missed, then live.
+    """The messages of some channels: first what was missed, then live.
+
+    They come in the order of the log; a channel that joins later, with a position of its own, is
+    first read by itself until it has come as far as the others.
 
     An async context manager and, inside it, an async iterator for one task::
 
@@ -58,18 +61,24 @@ class Stream:
         )
         self._wakeup: asyncio.Future[None] | None = None
         self._ready: deque[Message] = deque()
+        self._told_truncated = False
         self._entered = False
         self._closed = False
         self._error: BaseException | None = None
 
     @property
     def truncated(self) -> bool:
-        """Retention has removed messages that were still to come. Stays true until set to false."""
+        """Retention may have removed messages that were still to come.
+
+        It is known that the log has lost some after the position, not whether they were of these
+        channels. Stays true until set to false.
+        """
         return self._subscription.truncated
 
     @truncated.setter
     def truncated(self, value: bool) -> None:
         self._subscription.truncated = value
+        self._told_truncated = False
 
     @property
     def state(self) -> State:
@@ -102,12 +111,22 @@ class Stream:
     async def join(self, channel: str, after: Position | str | None = None) -> None:
         """Read one more channel: from *after*, or from now on if that is None.
 
+        A channel that is read already goes on as it was, or begins again after *after*.
+
         Raises:
             InvalidChannel: for a bad name.
             InvalidPosition: for a text that is none, or one that this log has never reached.
             DatabaseUnavailable: if the position cannot be checked now.
+            RuntimeError: outside of ``async with``.
         """
+        self._check_entered()
+        if after is None and self.reads(channel):
+            return
         await self._add((check_channel(channel),), None if after is None else Position.parse(after))
+
+    def reads(self, channel: str) -> bool:
+        """Whether *channel* is one of those that are read."""
+        return channel in self._subscription
 
     def leave(self, channel: str) -> None:
         """Stop reading *channel*. Not an error if it was not read."""
@@ -132,16 +151,21 @@ class Stream:
     def missed(self) -> None:
         """For the hub: messages are gone that it had still to offer."""
         self._subscription.missed()
+        self._wake()
 
     async def batch(self) -> list[Message]:
-        """Wait for messages and take all that are there: one at least, in order.
+        """Wait for messages and take all that are there, in order.
+
+        None are there only if there is something else to tell: look at :attr:`truncated`.
 
         Raises:
             ChannelLayerClosed: when the stream or its layer has been closed.
+            UnknownPosition: the log has been rewritten (a backup restored, say) and no longer
+                holds what has been read. Load the state anew.
+            DatabaseError: the log cannot be read, for another reason than that it is away.
             RuntimeError: outside of ``async with``, or while another task waits here.
         """
-        if not self._entered:
-            raise RuntimeError("enter the stream first: async with layer.subscribe(…) as messages")
+        self._check_entered()
         if self._wakeup is not None:
             raise RuntimeError("another task is waiting on this stream; each needs one of its own")
         subscription = self._subscription
@@ -149,7 +173,9 @@ class Stream:
             read = subscription.next_read()
             if read is not None:
                 await self._replay(read)
-            if messages := subscription.take():
+            messages = subscription.take()
+            if messages or (subscription.truncated and not self._told_truncated):
+                self._told_truncated = subscription.truncated
                 return messages
             if subscription.next_read() is None and not self._closed:
                 self._wakeup = asyncio.get_running_loop().create_future()
@@ -163,12 +189,16 @@ class Stream:
         return self
 
     async def __anext__(self) -> Message:
-        if not self._ready:
+        while not self._ready:
             try:
                 self._ready.extend(await self.batch())
             except ChannelLayerClosed:
                 raise StopAsyncIteration from None
         return self._ready.popleft()
+
+    def _check_entered(self) -> None:
+        if not self._entered:
+            raise RuntimeError("enter the stream first: async with layer.subscribe(…) as messages")
 
     async def _add(self, channels: tuple[str, ...], after: Position | None) -> None:
         start = None if after is None else await self._start(after)

@@ -72,6 +72,9 @@ class Subscription:
     def channels(self) -> frozenset[str]:
         return frozenset(self._channels).union(self._joining)
 
+    def __contains__(self, channel: str) -> bool:
+        return channel in self._channels or channel in self._joining
+
     def __len__(self) -> int:
         """Messages held, waiting to be taken."""
         return len(self._page) + len(self._waiting)
@@ -92,7 +95,7 @@ class Subscription:
 
     def discard(self, channel: str) -> None:
         """Stop reading *channel*; what waits of it is dropped."""
-        if channel not in self.channels:
+        if channel not in self:
             return
         self._channels.discard(channel)
         self._joining.pop(channel, None)

@@ -55,7 +55,10 @@ create table pgchannels.outbox (
     created_at timestamptz not null default clock_timestamp(),
     expires_at timestamptz,
     constraint outbox_channel_is_valid check (pgchannels.is_channel(channel)),
-    constraint outbox_payload_is_valid check (pgchannels.is_payload(payload))
+    constraint outbox_payload_is_valid check (pgchannels.is_payload(payload)),
+    -- what every reader's language can hold
+    constraint outbox_created_at_is_valid check (
+        created_at >= '1970-01-01 00:00:00+00' and created_at < '9999-01-01 00:00:00+00')
 ) with (
     -- truncating an emptied table takes an ACCESS EXCLUSIVE lock, and publishers would wait for it
     vacuum_truncate = false

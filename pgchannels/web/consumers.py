@@ -34,6 +34,7 @@ __all__ = ["JsonConsumer"]
 logger = logging.getLogger("pgchannels.web")
 
 # RFC 6455, section 7.4.1, and the registry that it founds. 1005 and 1006 may not be sent.
+NORMAL = 1000
 POLICY_VIOLATION = 1008
 INTERNAL_ERROR = 1011
 SERVICE_RESTART = 1012
@@ -79,6 +80,7 @@ class JsonConsumer:
     def __init__(self, websocket: WebSocket, layer: PostgresLayer) -> None:
         self.websocket = websocket
         self.layer = layer
+        self._close_code: int | None = None
 
     @classmethod
     def as_endpoint(cls, layer: PostgresLayer) -> Callable[[WebSocket], Awaitable[None]]:
@@ -135,6 +137,7 @@ class JsonConsumer:
     async def close(self, code: int = 1000, reason: str | None = None) -> None:
         """Close the socket. Before it was accepted, this refuses it with HTTP 403."""
         if self.websocket.application_state is not WebSocketState.DISCONNECTED:
+            self._close_code = code
             await self.websocket.close(code, reason)
 
     async def send_json(self, content: Any) -> None:
@@ -161,14 +164,20 @@ class JsonConsumer:
 
     async def run(self) -> None:
         """Serve the socket until it is closed."""
+        try:
+            self._stream = self.layer.subscribe()
+        except ChannelLayerClosed as error:
+            logger.error("a socket is refused: %s", error)
+            await self.close(SERVICE_RESTART)
+            return
         code = ABNORMAL
         try:
-            async with self.layer.subscribe() as self._stream:
+            async with self._stream:
                 code = await self._serve()
         except WebSocketDisconnect as gone:
             code = gone.code
-        except ChannelLayerClosed:
-            code = SERVICE_RESTART
+        except (ChannelLayerClosed, UnknownPosition):
+            code = SERVICE_RESTART  # from another node, or with a position that is still good
         except Exception:
             code = INTERNAL_ERROR
             logger.exception("%s failed; its socket is closed", type(self).__name__)
@@ -182,7 +191,7 @@ class JsonConsumer:
         if self.websocket.application_state is WebSocketState.CONNECTING:
             await self.accept()
         if self.websocket.application_state is not WebSocketState.CONNECTED:
-            return 1000  # refused, or closed again, by connect()
+            return self._close_code or NORMAL  # refused, or closed again, by connect()
         # anyio's task group, because Starlette cancels by anyio's scopes, which repeat themselves
         # until they are obeyed: asyncio's own ways of waiting for a cancelled task do not stand it.
         ended: list[int | Exception] = []
@@ -191,7 +200,8 @@ class JsonConsumer:
             try:
                 ended.append(await run())
             except Exception as error:  # noqa: BLE001 - raised again below
-                ended.append(error)
+                # Once a handler has closed the socket, sending to it fails as it should.
+                ended.append(error if self._close_code is None else self._close_code)
             tasks.cancel_scope.cancel()
 
         async with anyio.create_task_group() as tasks:
@@ -222,7 +232,8 @@ class JsonConsumer:
                 stream.truncated = False
                 await self.truncated()
             for message in messages:
-                await self.forward(message)
+                if stream.reads(message.channel):  # it may have been left in the meantime
+                    await self.forward(message)
 
     async def _guarded(self, handler: Awaitable[None]) -> Exception | None:
         """Tell the client of an error that is its own, and return it."""
@@ -250,6 +261,7 @@ class JsonConsumer:
                 await self.close(code)
         except (RuntimeError, WebSocketDisconnect):
             logger.debug("the socket was gone before it could be closed")
-        # Also when the server cancels: what disconnect() has to put in order must be.
-        with anyio.move_on_after(DISCONNECT_TIME, shield=True):
-            await self.disconnect(code)
+        finally:
+            # Also when the server cancels: what disconnect() has to put in order must be.
+            with anyio.move_on_after(DISCONNECT_TIME, shield=True):
+                await self.disconnect(code)

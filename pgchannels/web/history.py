@@ -18,6 +18,7 @@ from pgchannels.errors import (
     InvalidChannel,
     InvalidPosition,
 )
+from pgchannels.layer import MAX_HISTORY
 from pgchannels.messages import Position, check_channel
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def channels_router(
         order: Annotated[
             Literal["asc", "desc"], Query(description="oldest first, or newest first")
         ] = "asc",
-        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+        limit: Annotated[int, Query(ge=1, le=MAX_HISTORY)] = 50,
     ) -> Response:
         """Read the messages that a channel retains."""
         if not allowed:
