@@ -66,7 +66,7 @@ def driver_errors() -> Iterator[None]:
         ) from error
     except asyncpg.PostgresError as error:
         raise DatabaseError(
-            f"PostgreSQL refused a statement: {error}", getattr(error, "sqlstate", None)
+            f"PostgreSQL refused: {error}", getattr(error, "sqlstate", None)
         ) from error
 
 
@@ -92,8 +92,8 @@ async def connect(dsn: str, *, role: str, pooled: bool = False, **options: Any) 
         except ValueError:
             # The driver's own words may quote a part of the password.
             raise ConfigurationError(
-                "the database's URL cannot be read: in user names and passwords, characters such "
-                "as / : @ % must be percent-encoded"
+                "the database's URL cannot be read: its port and parameters must be valid, and in "
+                "user names and passwords, characters such as / : @ % must be percent-encoded"
             ) from None
         if pooled:
             return connection

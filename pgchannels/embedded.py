@@ -194,7 +194,8 @@ class EmbeddedPostgres:
         except OSError as error:
             lock.close()
             raise EmbeddedPostgresError(
-                f"another process runs the server on {self.data_dir}"
+                f"another process runs the server on {self.data_dir}: stop it, or choose another "
+                "directory"
             ) from error
         return lock
 

@@ -22,6 +22,8 @@ The causes (driver errors) are chained as ``__cause__``.
 
 from __future__ import annotations
 
+import logging
+
 __all__ = [
     "ChannelLayerClosed",
     "ConfigurationError",
@@ -159,7 +161,10 @@ class DatabaseError(PGChannelsError):
 
     Attributes:
         sqlstate: the five-character code of the PostgreSQL manual, appendix A, or None.
+        level: how the node's own tasks log it, which try again in any case.
     """
+
+    level = logging.ERROR
 
     def __init__(self, message: str, sqlstate: str | None = None) -> None:
         self.sqlstate = sqlstate
@@ -168,6 +173,8 @@ class DatabaseError(PGChannelsError):
 
 class DatabaseUnavailable(DatabaseError):
     """No answer from the server. The statement may or may not have taken effect."""
+
+    level = logging.WARNING
 
 
 class EmbeddedPostgresError(PGChannelsError):

@@ -88,6 +88,11 @@ class Hub:
         """Register nobody any more."""
         self._closed = True
 
+    def check_open(self) -> None:
+        """Raise :class:`ChannelLayerClosed` after ``refuse()``."""
+        if self._closed:
+            raise ChannelLayerClosed("the channel layer has been closed")
+
     async def close(self) -> None:
         """Wait for the reads that are under way; the store, closed before, has cut them short."""
         await asyncio.gather(*self._replays.values(), return_exceptions=True)
@@ -99,8 +104,7 @@ class Hub:
         Raises:
             ChannelLayerClosed: after ``refuse()``.
         """
-        if self._closed:
-            raise ChannelLayerClosed("the channel layer has been closed")
+        self.check_open()
         subscribers = self._index.get(channel)
         if subscribers is None:
             subscribers = self._index[channel] = {}
@@ -173,7 +177,7 @@ class Hub:
                 backoff.reset()
             except DatabaseError as error:
                 delay = backoff.next()
-                logger.warning("cannot read the log, retry in %.1f s: %s", delay, error)
+                logger.log(error.level, "cannot read the log, retry in %.1f s: %s", delay, error)
                 await asyncio.sleep(delay)
                 self.reached(self.cursor + 1)
             else:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from uuid import uuid4
 
 from pgchannels.backoff import Backoff
-from pgchannels.errors import ChannelLayerClosed, UnknownPosition
+from pgchannels.errors import ChannelLayerClosed, ConfigurationError, UnknownPosition
 from pgchannels.hub import Hub
 from pgchannels.leases import Lease
 from pgchannels.listener import Listener
@@ -123,9 +123,15 @@ class PostgresLayer:
             await self._stopped()
 
     async def _stopped(self) -> None:
-        if self._stopping is not None:
-            await asyncio.shield(self._stopping)
-            self._stopping = None
+        stopping = self._stopping
+        if stopping is None:
+            return
+        try:
+            if not stopping.done():
+                await asyncio.shield(stopping)
+        finally:
+            if stopping.done():
+                self._stopping = None
 
     @property
     def is_listening(self) -> bool:
@@ -230,7 +236,7 @@ class PostgresLayer:
             next=messages[-1].position if more and messages else None,
             position=Position(page.head.epoch, page.head.id),
             truncated=(low != BEGINNING and low.id < page.head.floor)
-            or (high is not None and high.id <= page.head.floor),
+            or (high not in (None, BEGINNING) and end <= page.head.floor),
         )
 
     def wake(self) -> None:
@@ -243,6 +249,10 @@ class PostgresLayer:
     def _opened(self) -> _Node:
         if self._node is None:
             raise ChannelLayerClosed(_NOT_OPEN)
+        if self._node.loop is not asyncio.get_running_loop():
+            raise ConfigurationError(
+                "this layer was opened in another event loop; each loop needs a layer of its own"
+            )
         return self._node
 
 
@@ -258,7 +268,7 @@ class _Node:
 
     def __init__(self, settings: Settings) -> None:
         id = uuid4()
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
         self.streams: set[Stream] = set()
         self.store = Store(settings)
@@ -326,7 +336,7 @@ class _Node:
 
     def wake(self) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._sequencer.wake)
+            self.loop.call_soon_threadsafe(self._sequencer.wake)
         except RuntimeError:
             logger.debug("the event loop is closed; another node will sequence")
 

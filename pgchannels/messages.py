@@ -115,12 +115,13 @@ def check_ttl(ttl: float | timedelta | None) -> timedelta | None:
     """
     if ttl is None:
         return None
-    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
-    if 0 < seconds <= _MAX_TTL.total_seconds():
+    given: object = ttl  # it may come from anywhere
+    seconds = given.total_seconds() if isinstance(given, timedelta) else given
+    if isinstance(seconds, (int, float)) and 0 < seconds <= _MAX_TTL.total_seconds():
         rounded = timedelta(seconds=seconds)
         if rounded:  # to microseconds, as PostgreSQL counts
             return rounded
-    raise InvalidMessage(f"invalid ttl {ttl}: it must be more than 0 and at most 100 years")
+    raise InvalidMessage(f"invalid ttl {ttl!r}: expected seconds, more than 0, at most 100 years")
 
 
 def _has_nonfinite(value: object) -> bool:

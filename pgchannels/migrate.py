@@ -118,7 +118,7 @@ def run_in_transaction(settings: Settings, function: Callable[[Connection], T]) 
                 return await connection.run_sync(function)
         except DBAPIError as error:
             # Its own text repeats the statement, which is of no use to who migrates.
-            raise DatabaseError(f"PostgreSQL refused a statement: {error.orig}") from error
+            raise DatabaseError(f"PostgreSQL refused: {error.orig}") from error
         finally:
             await engine.dispose()
 

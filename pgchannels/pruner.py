@@ -74,7 +74,7 @@ class Pruner:
                 if self._lease is None or await self._lease.held():
                     await self.run_once()
             except DatabaseError as error:
-                logger.warning("cannot prune, will try again: %s", error)
+                logger.log(error.level, "cannot prune, will try again: %s", error)
             await asyncio.sleep(self._settings.prune_interval)
 
     async def close(self) -> None:

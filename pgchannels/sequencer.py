@@ -77,7 +77,7 @@ class Sequencer:
                 backoff.reset()
             except DatabaseError as error:
                 delay = backoff.next()
-                logger.warning("cannot sequence, retry in %.1f s: %s", delay, error)
+                logger.log(error.level, "cannot sequence, retry in %.1f s: %s", delay, error)
                 await asyncio.sleep(delay)
                 self._wakeup.set()
 

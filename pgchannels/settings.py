@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     """How a layer works. Durations are seconds, or ISO 8601 text where they are ``timedelta``.
 
     Raises:
-        ConfigurationError: for a value out of its range; the text names the variable.
+        ConfigurationError: for a value out of its range, or an unknown name; the text names it.
     """
 
     model_config = SettingsConfigDict(
@@ -92,6 +92,9 @@ class Settings(BaseSettings):
         if values.get("database_url") is not None:
             # A listen_url from the environment would belong to another database.
             values.setdefault("listen_url", None)
+        known = Settings.model_fields
+        if unknown := sorted(n for n in values if n not in known and not n.startswith("_")):
+            raise ConfigurationError(f"there is no setting {', '.join(unknown)}")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -106,12 +109,6 @@ class Settings(BaseSettings):
         if not _DRIVER.match(url):
             raise ValueError("expected a URL such as postgresql://user:password@host/database")
         return _DRIVER.sub("postgresql://", url, count=1)
-
-    @field_validator("retention", mode="before")
-    @classmethod
-    def _seconds(cls, value: object) -> object:
-        # The environment has only texts, and pydantic takes seconds as numbers only.
-        return float(value) if isinstance(value, str) and value.isdecimal() else value
 
     @field_validator("retention", mode="after")
     @classmethod

@@ -16,6 +16,7 @@ import asyncpg
 from pgchannels.connections import UNAVAILABLE, connect, create_pool, driver_errors
 from pgchannels.errors import (
     ChannelLayerClosed,
+    ConfigurationError,
     DatabaseError,
 )
 from pgchannels.messages import Message
@@ -163,6 +164,7 @@ class Store(Queries):
 
         Raises:
             SchemaError: it is not.
+            ConfigurationError: the role that we connect with may not act as the schema's owner.
             DatabaseUnavailable: no connection.
         """
         pool = create_pool(
@@ -201,6 +203,13 @@ class Store(Queries):
             else:
                 raise
         check_revision(schema, rows[0][0] if rows else None)
+        (row,) = await self.fetch("owner")
+        if not row["is_ours"]:
+            raise ConfigurationError(
+                f"role {row['we']!r} does not own schema {schema!r}, and so could not make or drop "
+                f"partitions of the log: connect as {row['owner']!r}, or as that role's member: "
+                f'grant "{row["owner"]}" to "{row["we"]}"'
+            )
 
     async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Record]:
         if self._pool is None:

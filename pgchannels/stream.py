@@ -91,6 +91,7 @@ class Stream:
         return len(self._subscription) + len(self._ready)
 
     async def __aenter__(self) -> Self:
+        self._hub.check_open()
         self._entered = True
         self._streams.add(self)
         try:

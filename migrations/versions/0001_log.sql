@@ -5,6 +5,9 @@
 
 do $$
 begin
+    if current_setting('server_version_num')::integer < 160000 then
+        raise exception 'pgchannels needs PostgreSQL 16 or newer, not %', current_setting('server_version');
+    end if;
     if current_setting('server_encoding') <> 'UTF8' then
         raise exception 'pgchannels needs a database with encoding UTF8, not %', current_setting('server_encoding');
     end if;

@@ -1,5 +1,10 @@
 -- name: revision
-select version_num from pgchannels.alembic_version
+select version_num from pgchannels.alembic_version;
+
+-- name: owner
+-- Who owns the log, and whether we may act as that role: partitions are made and dropped by owners.
+select pg_get_userbyid(c.relowner) as owner, pg_has_role(c.relowner, 'usage') as is_ours, current_user as we
+  from pg_class c where c.oid = 'pgchannels.messages'::regclass;
 
 -- name: head
 select b.head, b.epoch, b.floor from pgchannels.bounds b;
@@ -93,11 +98,13 @@ update pgchannels.log set floor = $1 where floor < $1;
 
 -- name: partitions
 -- Oldest first, with their bounds (the upper one exclusive) and whether a detach was interrupted.
+-- pg_get_expr gives null for what another pruner drops at this moment.
 select c.relname as name, i.inhdetachpending as detaching,
-       substring(pg_get_expr(c.relpartbound, c.oid) from 'FROM \(''?(\d+)''?\)')::bigint as first_id,
-       substring(pg_get_expr(c.relpartbound, c.oid) from 'TO \(''?(\d+)''?\)')::bigint as end_id
+       substring(b.bound from 'FROM \(''?(\d+)''?\)')::bigint as first_id,
+       substring(b.bound from 'TO \(''?(\d+)''?\)')::bigint as end_id
   from pg_inherits i join pg_class c on c.oid = i.inhrelid
- where i.inhparent = 'pgchannels.messages'::regclass
+ cross join pg_get_expr(c.relpartbound, c.oid) b(bound)
+ where i.inhparent = 'pgchannels.messages'::regclass and b.bound is not null
  order by first_id;
 
 -- name: leftovers

@@ -149,12 +149,12 @@ class JsonConsumer:
         Args:
             group: a channel's name.
             after: the last position that the client has had; ``"0"`` for all that is retained;
-                None for from now on.
+                None, or an empty text as browsers like to send it, for from now on.
 
         Raises:
             InvalidChannel, InvalidPosition: left to the caller's caller, it is told to the client.
         """
-        await self._stream.join(group, after)
+        await self._stream.join(group, after or None)
 
     async def leave(self, group: str) -> None:
         """Forward no more of *group*. Groups are left by themselves when the socket closes."""

@@ -239,6 +239,51 @@ async def test_it_works_again_after_the_network_was_silent(database_url: str) ->
         await eventually(lambda: layer.is_listening, timeout=30)
 
 
+async def test_a_dead_listener_is_noticed_also_while_the_pool_is_exhausted(
+    database_url: str, stranger: Connection[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heartbeat needs a connection of the pool, whose only one waits for a lock."""
+    settings = make_settings(database_url, pool_size=1)
+    blocker = await asyncpg.connect(database_url)
+    try:
+        async with PostgresLayer(settings) as layer:
+            await eventually(lambda: layer.is_listening)
+            await blocker.execute("begin; lock table pgchannels.outbox in share mode")
+            sending = asyncio.create_task(layer.send("a", {"number": 0}))
+            await eventually(lambda: waits_for_a_lock(stranger))
+
+            store = layer._opened.store
+            notify, beating = store.notify, asyncio.Event()
+
+            async def observed(channel: str, payload: str) -> None:
+                beating.set()
+                await notify(channel, payload)
+
+            monkeypatch.setattr(store, "notify", observed)
+            await beating.wait()  # a heartbeat now waits for the pool
+            before = await listeners(stranger)
+            assert layer.is_listening
+            killed = time.monotonic()
+            await stranger.execute("select pg_terminate_backend(unnest($1::int[]))", before)
+            await eventually(lambda: not layer.is_listening)
+            assert time.monotonic() - killed < 2 * HEARTBEAT + 1.5
+            # It comes back though the pool is still of no help.
+            await eventually(lambda: layer.is_listening)
+            await _another_than(before, stranger)
+            assert not sending.done()
+            await blocker.execute("rollback")
+            await sending
+    finally:
+        await blocker.close(timeout=5)
+
+
+async def waits_for_a_lock(connection: Connection[Record]) -> Any:
+    return await connection.fetchval(
+        "select exists (select from pg_stat_activity where datname = current_database()"
+        " and application_name = 'pgchannels pool' and wait_event_type = 'Lock')"
+    )
+
+
 class Mute(TcpProxy):
     """Swallows, once, what a client says when it says *word*; the connection stays open."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
@@ -438,6 +439,35 @@ class TestSubscribing:
             await stream.join("a", after="0")
             assert numbers(await take(stream, 3)) == [0, 1, 2]
 
+    async def test_joining_what_is_read_already_drops_nothing(self, layer: PostgresLayer) -> None:
+        async with layer.subscribe("a", "b") as stream:
+            for n in range(6):
+                await layer.send("ab"[n % 2], {"n": n})
+            await eventually(lambda: stream.pending == 6)
+            await stream.join("a")
+            assert numbers(await take(stream, 6)) == list(range(6))
+            await stream.join("a")
+            await layer.send("a", {"n": 6})
+            assert numbers(await take(stream, 1)) == [6]
+
+    async def test_joining_again_after_a_position_begins_again_there(
+        self, layer: PostgresLayer
+    ) -> None:
+        async with layer.subscribe("a") as stream:
+            await asyncio.gather(*(layer.send("a", {"n": n}) for n in range(5)))
+            await eventually(lambda: stream.pending == 5)
+            await stream.join("a", after="1-2")
+            assert numbers(await take(stream, 3)) == [2, 3, 4]
+            await layer.send("a", {"n": 5})
+            assert numbers(await take(stream, 1)) == [5]  # none of what waited comes as well
+
+    async def test_joining_before_entering(self, layer: PostgresLayer) -> None:
+        stream = layer.subscribe("room")
+        for after in (None, "0"):
+            with pytest.raises(RuntimeError, match="async with"):
+                await stream.join("other", after=after)
+        assert not stream.reads("other")
+
     async def test_without_channels_it_waits_for_some(self, layer: PostgresLayer) -> None:
         async with layer.subscribe() as stream:
             waiting = asyncio.create_task(take(stream, 1))
@@ -495,6 +525,32 @@ class TestSubscribing:
         async with layer.subscribe("room", after="0") as stream:
             assert numbers(await take(stream, 1)) == [6]
             assert stream.truncated is False  # the beginning is that of what is retained
+
+    async def test_truncated_with_nothing_left_to_read(
+        self, layer: PostgresLayer, database_url: str
+    ) -> None:
+        messages = await fill(layer, "room", 5)
+        execute(
+            database_url,
+            "update pgchannels.log set floor = 5",
+            "delete from pgchannels.messages",
+        )
+        async with layer.subscribe("room", after=messages[2].position) as stream:
+            assert await asyncio.wait_for(stream.batch(), 5) == []
+            assert stream.truncated is True
+            # It is told once, whether it has been reset or not.
+            waiting = asyncio.create_task(stream.batch())
+            await layer.send("room", {"n": 5})
+            assert numbers(await asyncio.wait_for(waiting, 10)) == [5]
+            assert stream.truncated is True
+        async with layer.subscribe("room", after=messages[2].position) as stream:
+            waiting_for_one = asyncio.create_task(take(stream, 2))
+            await layer.send("room", {"n": 6})
+            assert numbers(await waiting_for_one) == [5, 6]  # iteration passes over what is empty
+            assert stream.truncated is True
+        async with layer.subscribe("room", after="1-5") as stream:
+            assert numbers(await take(stream, 2)) == [5, 6]
+            assert stream.truncated is False
 
     async def test_expired_messages_are_gone(self, layer: PostgresLayer, database_url: str) -> None:
         async def only_lasting() -> bool:
@@ -586,6 +642,24 @@ class TestHistory:
             assert (page.messages, page.next, page.truncated) == ([], None, False)
             assert page.position == messages[-1].position
 
+    async def test_before_what_is_retained(self, layer: PostgresLayer, database_url: str) -> None:
+        messages = await fill(layer, "room", 6)
+        execute(
+            database_url,
+            "update pgchannels.log set floor = 3",
+            "delete from pgchannels.messages where id <= 3",
+        )
+        for high, found, truncated in (
+            (1, [], True),
+            (2, [], True),
+            (3, [], False),
+            (4, [3], False),
+        ):
+            # Message n has the id n + 1.
+            page = await layer.history("room", before=messages[high].position, order="desc")
+            assert numbers(page.messages) == found
+            assert (page.next, page.truncated) == (None, truncated)
+
     async def test_live_from_where_it_ended(self, layer: PostgresLayer) -> None:
         async def sealed() -> bool:
             return (await layer.history("room")).position.id == 4
@@ -660,12 +734,114 @@ class TestClosing:
             with pytest.raises(StopAsyncIteration):
                 await anext(stream)
 
+    @pytest.mark.parametrize("after", [None, "0", "1-1"])
+    async def test_a_stream_that_is_entered_afterwards(
+        self, database_url: str, after: str | None
+    ) -> None:
+        layer = PostgresLayer(database_url)
+        await layer.open()
+        await fill(layer, "room", 1)
+        stream = layer.subscribe("room", after=after)
+        await layer.close()
+        with pytest.raises(ChannelLayerClosed):
+            async with stream:
+                pass
+        async with layer:
+            with pytest.raises(ChannelLayerClosed):
+                async with stream:
+                    pass
+
+    async def test_cancelled_it_goes_on_by_itself(self, database_url: str) -> None:
+        layer = PostgresLayer(database_url)
+        await layer.open()
+        await eventually(lambda: layer.is_listening)
+        with psycopg.connect(database_url) as lock:
+            lock.execute("lock table pgchannels.outbox in share mode")
+            sending = asyncio.create_task(layer.send("room", {"n": 0}))
+            await eventually(lambda: is_waiting(database_url))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(layer.close(), 0.05)
+            again = asyncio.create_task(layer.close())
+            opening = asyncio.create_task(layer.open())
+            done, _ = await asyncio.wait([again, opening], timeout=0.2)
+            assert not done  # until the first has finished
+            opening.cancel()
+            lock.rollback()
+        await asyncio.wait_for(again, 10)
+        await sending
+        left = {task.get_name() for task in asyncio.all_tasks()}
+        assert not [name for name in left if name.startswith("pgchannels")]
+        await eventually(
+            lambda: value(
+                database_url,
+                "select count(*) = 0 from pg_stat_activity"
+                " where datname = current_database() and application_name like 'pgchannels%'",
+            )
+        )
+        async with layer, layer.subscribe("room", after=BEGINNING) as stream:
+            await layer.send("room", {"n": 1})
+            assert numbers(await take(stream, 2)) == [0, 1]
+
     async def test_a_stream_alone(self, layer: PostgresLayer) -> None:
         async with layer.subscribe("room") as stream:
             pass
         with pytest.raises(ChannelLayerClosed):
             await stream.batch()
         await layer.send("room", {})  # the layer goes on
+
+
+# What a restored backup, and a standby promoted too early, leave of a log of five messages.
+REWRITTEN = {
+    "went back": (
+        "delete from pgchannels.messages where id > 2",
+        "delete from pgchannels.batches where last_id > 2",
+    ),
+    "another epoch": ("update pgchannels.batches set epoch = 2 where last_id = 5",),
+}
+
+
+class TestRewritten:
+    @pytest.mark.parametrize("how", REWRITTEN)
+    async def test_ends_streams(
+        self, database_url: str, caplog: pytest.LogCaptureFixture, how: str
+    ) -> None:
+        poll_interval = 0.3
+        settings = Settings(database_url=database_url, poll_interval=poll_interval)
+        async with (
+            PostgresLayer(settings) as layer,
+            layer.subscribe("room") as reading,
+            layer.subscribe("quiet") as quiet,
+        ):
+            await eventually(lambda: layer.is_listening)
+            await fill(layer, "room", 2)
+            messages = await fill(layer, "room", 3)
+            assert len(await take(reading, 5)) == 5
+            assert caplog.records == []
+            waiting = [asyncio.create_task(stream.batch()) for stream in (reading, quiet)]
+            execute(database_url, *REWRITTEN[how])
+            _, late = await asyncio.wait(waiting, timeout=poll_interval + 2)
+            assert not late
+            for each in waiting:
+                assert isinstance(each.exception(), UnknownPosition)
+            with pytest.raises(UnknownPosition):
+                await anext(reading)
+            logged = [r for r in caplog.records if r.levelno >= logging.ERROR]
+            assert len(logged) == 1
+            assert logged[0].name == "pgchannels.hub"
+            assert "rewritten" in logged[0].getMessage()
+            with pytest.raises(UnknownPosition):
+                async with layer.subscribe("room", after=messages[-1].position):
+                    pass
+            async with layer.subscribe("room") as stream:
+                await layer.send("room", {"n": 9})
+                (message,) = await take(stream, 1)
+            assert message["n"] == 9
+            assert message.position == (Position(1, 3) if how == "went back" else Position(2, 6))
+            # It is over: streams live on, and nothing more is said.
+            async with layer.subscribe("room", after=message.position) as stream:
+                await layer.send("room", {"n": 10})
+                assert numbers(await take(stream, 1)) == [10]
+            assert [r for r in caplog.records if r.levelno >= logging.ERROR] == logged
 
 
 class TestSchemas:

@@ -653,6 +653,35 @@ class TestSync:
         assert log.read() == [1]
 
 
+class TestRetrying:
+    @pytest.mark.parametrize("end", [Session.commit, Session.flush])
+    def test_on_the_same_session_after_no_connection_could_be_had(
+        self, engine: sa.Engine, counter: WakeCounter, log: Log, end: Callable[[Session], None]
+    ) -> None:
+        failures: list[Exception] = [psycopg.OperationalError("connection refused")]
+
+        @event.listens_for(engine, "do_connect")
+        def refuse(*_: object) -> None:
+            if failures:
+                raise failures.pop()
+
+        maker = sessionmaker(engine)
+        install(maker, counter.layer)
+        with maker() as session:
+            session.add(order())
+            publish(session, "room", {"n": 1})
+            publish(session, "room", {"n": 2})
+            with pytest.raises(sa.exc.OperationalError, match="connection refused"):
+                end(session)
+            assert counter.woken == 0
+            publish(session, "room", {"n": 3})
+            session.commit()
+            assert counter.woken == 1
+            session.commit()
+        assert log.orders() == 1
+        assert log.read() == [1, 2, 3]
+
+
 class TestEvents:
     """Publishing from inside a flush, where nothing may be added to the session."""
 

@@ -212,6 +212,32 @@ def test_the_outbox_refuses_likewise(
         )
 
 
+@pytest.mark.parametrize(
+    ("created_at", "accepted"),
+    [
+        ("infinity", False),
+        ("-infinity", False),
+        ("20000-01-01", False),
+        ("9999-01-01 00:00:00+00", False),
+        ("1969-12-31 23:59:59+00", False),
+        ("0044-03-15 BC", False),
+        ("9998-12-31 23:59:59+00", True),
+        ("1970-01-01 00:00:00+00", True),
+    ],
+)
+def test_the_outbox_takes_only_times_that_readers_can_hold(
+    connection: Connection, created_at: str, accepted: bool
+) -> None:
+    insert = (
+        "insert into pgchannels.outbox (channel, payload, created_at) values ('room', '{}', %s)"
+    )
+    if accepted:
+        connection.execute(insert, [created_at])
+    else:
+        with pytest.raises(psycopg.errors.CheckViolation, match="outbox_created_at_is_valid"):
+            connection.execute(insert, [created_at])
+
+
 class TestSeal:
     def test_only_in_read_committed(self, connection: Connection) -> None:
         connection.execute("begin isolation level repeatable read")

@@ -16,10 +16,11 @@ import psycopg
 import pytest
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from starlette.websockets import WebSocket
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from pgchannels import ConfigurationError, Message, PostgresLayer
+from pgchannels import ConfigurationError, Message, PostgresLayer, Settings
 from pgchannels.web import JsonConsumer, channels_router, lifespan
 from tests.support.eventually import eventually
 from tests.support.tcp_proxy import TcpProxy
@@ -328,16 +329,29 @@ class Room:
         return connect(f"ws://{self.address}/ws?{query}", max_queue=None)
 
 
-@pytest.fixture
-async def room(layer: PostgresLayer) -> AsyncIterator[Room]:
-    class Fresh(Recorder):
-        codes: list[int] = []  # noqa: RUF012 - one class a test
+def fresh(base: type[Recorder] = Recorder) -> type[Recorder]:
+    """A class whose records are of one test alone."""
+
+    class Fresh(base):  # type: ignore[valid-type, misc]
+        codes: list[int] = []  # noqa: RUF012
         sockets: list[Recorder] = []  # noqa: RUF012
 
+    return Fresh
+
+
+@asynccontextmanager
+async def open_room(layer: PostgresLayer, base: type[Recorder] = Recorder) -> AsyncIterator[Room]:
+    consumer = fresh(base)
     app = FastAPI()
-    app.add_api_websocket_route("/ws", Fresh.as_endpoint(layer))
+    app.add_api_websocket_route("/ws", consumer.as_endpoint(layer))
     async with serve(app) as address:
-        yield Room(address, Fresh)
+        yield Room(address, consumer)
+
+
+@pytest.fixture
+async def room(layer: PostgresLayer) -> AsyncIterator[Room]:
+    async with open_room(layer) as room:
+        yield room
 
 
 async def answer(socket: ClientConnection) -> Any:
@@ -365,6 +379,32 @@ def errors(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
 
 
+class LeavesAtOnce(Recorder):
+    """It has enough of the room after the first message."""
+
+    async def forward(self, message: Message) -> None:
+        await super().forward(message)
+        await self.leave("room")
+
+
+class ClosesWhileForwarding(Recorder):
+    """Whatever the client says closes the socket, between two messages of one batch."""
+
+    def __init__(self, websocket: WebSocket, layer: PostgresLayer) -> None:
+        super().__init__(websocket, layer)
+        self.closing = asyncio.Event()
+
+    async def receive_json(self, content: Any) -> None:
+        await self.close(4001, "enough")
+        self.closing.set()
+        # It has still something to do, so that the next message's failure comes first.
+        await asyncio.Event().wait()
+
+    async def forward(self, message: Message) -> None:
+        await super().forward(message)
+        await self.closing.wait()
+
+
 class TestConsumer:
     async def test_replay_then_live(self, layer: PostgresLayer, room: Room) -> None:
         messages = await fill(layer, "room", 5)
@@ -385,6 +425,17 @@ class TestConsumer:
             await layer.send("room", {"n": 1})
             await layer.send("other", {"n": 2})
             assert (await answer(socket))["data"] == {"n": 2}
+
+    async def test_leaving_with_a_batch_in_hand(self, layer: PostgresLayer) -> None:
+        await fill(layer, "room", 5)
+        async with open_room(layer, LeavesAtOnce) as room, room.socket() as socket:
+            await ask(socket, {"join": "other"})
+            await socket.send('{"join": "room", "after": "0"}')
+            # The five are one batch; that it is joined may be said before or after the first.
+            first = [await answer(socket) for _ in range(2)]
+            assert [m["data"]["n"] for m in first if "data" in m] == [0]
+            await layer.send("other", {"n": 100})
+            assert (await answer(socket))["data"] == {"n": 100}
 
     async def test_the_layer_forgets_closed_sockets(self, layer: PostgresLayer, room: Room) -> None:
         async with room.socket("room=room") as socket:
@@ -498,6 +549,19 @@ class TestConsumer:
             assert await closed(socket) == 4001
         await eventually(lambda: len(room.consumer.codes) == 1)
 
+    async def test_closed_by_its_handler_while_messages_are_forwarded(
+        self, layer: PostgresLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        await fill(layer, "room", 5)
+        async with open_room(layer, ClosesWhileForwarding) as room:
+            async with room.socket("room=room&after=0") as socket:
+                assert (await answer(socket))["data"] == {"n": 0}
+                await socket.send("1")
+                assert await closed(socket) == 4001
+                assert socket.close_reason == "enough"
+            await eventually(lambda: room.consumer.codes == [4001])
+        assert errors() == []
+
     async def test_gone_while_messages_are_forwarded(
         self, layer: PostgresLayer, room: Room, errors: Callable[[], list[str]]
     ) -> None:
@@ -529,6 +593,73 @@ class TestConsumer:
             await layer.send("room", {})
             assert (await answer(socket))["id"] == 6
 
+    async def test_truncated_with_nothing_left_to_read(
+        self, layer: PostgresLayer, room: Room, database_url: str
+    ) -> None:
+        messages = await fill(layer, "room", 5)
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute("update pgchannels.log set floor = 5")
+            connection.execute("delete from pgchannels.messages")
+        async with room.socket(f"room=room&after={messages[0].position}") as socket:
+            assert await answer(socket) == {"type": "truncated"}
+            assert await ask(socket, 1) == {"done": 1}  # and it is told once
+            await layer.send("room", {})
+            assert (await answer(socket))["id"] == 6
+
+    async def test_the_log_is_rewritten(self, database_url: str) -> None:
+        settings = Settings(database_url=database_url, poll_interval=0.2)
+        async with PostgresLayer(settings) as layer, open_room(layer) as room:
+            await fill(layer, "room", 2)
+            async with room.socket("room=room&after=0") as socket:
+                assert [(await answer(socket))["id"] for _ in range(2)] == [1, 2]
+                with psycopg.connect(database_url, autocommit=True) as connection:
+                    connection.execute("delete from pgchannels.messages")
+                    connection.execute("delete from pgchannels.batches")
+                assert await closed(socket) == 1012
+            await eventually(lambda: room.consumer.codes == [1012])
+            async with room.socket("room=room&after=1-2") as socket:
+                assert (await answer(socket))["code"] == "unknown_position"
+            async with room.socket("room=room") as socket:
+                await ask(socket, {})
+                await layer.send("room", {"n": 1})
+                assert (await answer(socket))["position"] == "1-1"
+
+    async def test_nobody_has_opened_the_layer(
+        self, database_url: str, errors: Callable[[], list[str]]
+    ) -> None:
+        async with open_room(PostgresLayer(database_url)) as room:
+            with pytest.raises(InvalidStatus) as raised:
+                async with room.socket():
+                    pass
+            assert raised.value.response.status_code == 403
+            assert room.consumer.sockets == []
+        (error,) = errors()
+        assert "not open" in error
+        assert "lifespan" in error
+
+    async def test_cancelled_while_it_is_being_closed(self, layer: PostgresLayer) -> None:
+        """As by a server that does not wait for the client to answer the close."""
+        consumer, closing = fresh(), asyncio.Event()
+
+        async def receive() -> Any:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "websocket.close":
+                closing.set()
+                await asyncio.Event().wait()
+
+        query = b"room=no%20channel"
+        scope = {"type": "websocket", "path": "/", "headers": [], "query_string": query}
+        endpoint = consumer.as_endpoint(layer)
+        serving = asyncio.ensure_future(endpoint(WebSocket(scope, receive, send)))
+        await asyncio.wait_for(closing.wait(), 10)
+        assert consumer.codes == []
+        serving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+        assert consumer.codes == [1008]
+
     async def test_the_layer_closes(self, layer: PostgresLayer, room: Room) -> None:
         async with room.socket("room=room") as first, room.socket() as second:
             await ask(first, {})
@@ -547,15 +678,12 @@ class TestConsumer:
     async def test_the_server_shuts_down(self, database_url: str) -> None:
         layer = PostgresLayer(database_url)
 
-        class Fresh(Recorder):
-            codes: list[int] = []  # noqa: RUF012
-            sockets: list[Recorder] = []  # noqa: RUF012
-
+        consumer = fresh()
         app = FastAPI(lifespan=lifespan(layer))
-        app.add_api_websocket_route("/ws", Fresh.as_endpoint(layer))
+        app.add_api_websocket_route("/ws", consumer.as_endpoint(layer))
         async with AsyncExitStack() as stack:
             async with serve(app) as address:
                 socket = await stack.enter_async_context(connect(f"ws://{address}/ws?room=room"))
                 await ask(socket, {})
             assert await closed(socket) == 1012
-        assert Fresh.codes == [1012]
+        assert consumer.codes == [1012]

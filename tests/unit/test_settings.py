@@ -66,6 +66,23 @@ def test_listening_goes_to_the_database_by_default() -> None:
     assert settings.listen_dsn == "postgresql://direct/database"
 
 
+def test_a_listen_url_of_the_environment_belongs_to_the_database_url_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other, direct = "postgresql://other/database", "postgresql://direct/database"
+    monkeypatch.setenv("PGCHANNELS_DATABASE_URL", other)
+    monkeypatch.setenv("PGCHANNELS_LISTEN_URL", direct)
+    settings = Settings()
+    assert (settings.dsn, settings.listen_dsn, settings.is_pooled) == (other, direct, True)
+    # Another database than that one is not to be listened to by way of it.
+    settings = Settings(database_url=URL)
+    assert (settings.dsn, settings.listen_dsn, settings.is_pooled) == (URL, URL, False)
+    settings = Settings(database_url=URL, listen_url="postgresql://given/database")
+    assert (settings.dsn, settings.listen_dsn) == (URL, "postgresql://given/database")
+    settings = Settings(listen_url="postgresql://given/database")
+    assert (settings.dsn, settings.listen_dsn) == (other, "postgresql://given/database")
+
+
 def test_without_a_database() -> None:
     with pytest.raises(ConfigurationError, match="PGCHANNELS_DATABASE_URL"):
         Settings().dsn  # noqa: B018
@@ -105,7 +122,6 @@ def test_a_dotenv_file(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("PT1H", timedelta(hours=1)),
         ("P30D", timedelta(days=30)),
-        ("3600", timedelta(hours=1)),
         ("12:30:00", timedelta(hours=12, minutes=30)),
     ],
 )
@@ -137,6 +153,7 @@ def test_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         ("PGCHANNELS_POLL_INTERVAL", "nan"),
         ("PGCHANNELS_POLL_INTERVAL", "-1"),
         ("PGCHANNELS_RETENTION", "s3cret"),
+        ("PGCHANNELS_RETENTION", "3600"),
         ("PGCHANNELS_RETENTION", "PT0S"),
         ("PGCHANNELS_RETENTION", "-P1D"),
         ("PGCHANNELS_MAX_MESSAGE_SIZE", str(16 * 1024 * 1024 + 1)),
