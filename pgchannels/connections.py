@@ -70,12 +70,15 @@ def driver_errors() -> Iterator[None]:
         ) from error
 
 
-async def connect(dsn: str, *, role: str, pooled: bool = False, **options: Any) -> Connection:
+async def connect(
+    dsn: str, *, role: str, timeout: float = _CONNECT_TIME, pooled: bool = False, **options: Any
+) -> Connection:
     """Open one connection in autocommit and READ COMMITTED, whatever the server's defaults.
 
     Args:
         dsn: a libpq URL.
         role: what it is for; shows in ``pg_stat_activity.application_name``.
+        timeout: seconds to be connected in.
         pooled: the session may be shared with other clients. Then nothing is set in it and nothing
             prepared, and it is only good for single statements.
         options: for :func:`asyncpg.connect`.
@@ -86,9 +89,10 @@ async def connect(dsn: str, *, role: str, pooled: bool = False, **options: Any) 
     """
     with driver_errors():
         try:
+            options["timeout"] = timeout
             if pooled:
                 options["statement_cache_size"] = 0
-            connection: Connection = await asyncpg.connect(dsn, timeout=_CONNECT_TIME, **options)
+            connection: Connection = await asyncpg.connect(dsn, **options)
         except ValueError:
             # The driver's own words may quote a part of the password.
             raise ConfigurationError(
@@ -98,7 +102,7 @@ async def connect(dsn: str, *, role: str, pooled: bool = False, **options: Any) 
         if pooled:
             return connection
         try:
-            await connection.execute(_PREPARE, role, timeout=_CONNECT_TIME)
+            await connection.execute(_PREPARE, role, timeout=timeout)
         except BaseException:
             connection.terminate()
             raise
@@ -109,6 +113,8 @@ def create_pool(dsn: str, *, size: int, command_timeout: float, pooled: bool) ->
     """Describe a pool; it connects when it is awaited or entered."""
 
     async def connect_for_pool(*_: Any, **options: Any) -> Connection:
+        # Whoever publishes waits for no connection longer than for a statement.
+        options["timeout"] = min(_CONNECT_TIME, command_timeout)
         options["command_timeout"] = command_timeout
         return await connect(dsn, role="pool", pooled=pooled, **options)
 
