@@ -305,9 +305,9 @@ class Mute(TcpProxy):
 async def test_a_connection_that_goes_silent_while_it_is_made(database_url: str) -> None:
     """The server has let us in, and the first statement gets no answer."""
     async with Mute(database_url, b"set_config") as proxy:
+        url = f"{proxy.url}?sslmode=disable"
         begun = time.monotonic()
         with pytest.raises(DatabaseUnavailable):
-            url = f"{proxy.url}?sslmode=disable"
             await asyncio.wait_for(connect(url, role="x", timeout=0.5), 8)
         assert time.monotonic() - begun < 4
         assert proxy.swallowed
