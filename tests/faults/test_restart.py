@@ -85,7 +85,7 @@ class Publishing:
 
     async def goes_on(self) -> None:
         before = len(self.confirmed)
-        await eventually(lambda: len(self.confirmed) > before + 200, timeout=60)
+        await eventually(lambda: len(self.confirmed) > before + 200, timeout=30)
 
     def stop(self) -> None:
         self._stopped = True
@@ -121,7 +121,7 @@ async def test_streams_stay_open_and_miss_nothing(
         ]
         readings = [asyncio.create_task(read_to_the_end(stream)) for stream in streams]
         publishing = Publishing(layers)
-        async with asyncio.timeout(110), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(90), asyncio.TaskGroup() as group:
             for number in range(PUBLISHERS):
                 group.create_task(publishing.run(number))
             for _ in range(ROUNDS):
