@@ -22,7 +22,7 @@ __all__ = [
     "outbox",
 ]
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Every revision that there has been, oldest first."""
 
 NEEDED_REVISION = REVISIONS[-1]

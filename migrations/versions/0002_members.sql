@@ -1,0 +1,345 @@
+-- Receivers, members, presence, followers, idempotency keys, ephemeral messages.
+--
+-- Written for the schema "pgchannels"; whoever runs it puts in the configured name.
+
+alter table pgchannels.nodes
+    -- since when it has renewed its lease without a gap; only such a node may declare others dead,
+    -- or the first one back after an outage of the database would end all the others
+    add column steady_since timestamptz not null default clock_timestamp(),
+    -- it has been declared dead; if it lives it must register anew, under a new id
+    add column dead_since timestamptz;
+
+alter table pgchannels.channels
+    drop column expires_at,
+    add column metadata json,
+    add column returned bigint[] not null default '{}',
+    add column created_at timestamptz not null default clock_timestamp();
+
+create index channels_node on pgchannels.channels (node) where node is not null;
+
+comment on table pgchannels.channels is 'channels that are received from, and those of connections';
+
+comment on column pgchannels.channels.cursor is 'what receivers have taken, or passed by: ids up to here';
+
+comment on column pgchannels.channels.returned is 'ids that were taken and handed back by a receiver that was cancelled';
+
+comment on column pgchannels.channels.node is 'whose lease it lives by; null for a channel that lives by being used';
+
+alter table pgchannels.memberships
+    drop column expires_at,
+    add column joined_at timestamptz not null default clock_timestamp(),
+    add column presence text,
+    add column user_id text,
+    add column metadata json,
+    -- gone, but still counted as present for a moment: a reconnect does not flap
+    add column left_at timestamptz,
+    -- as who the member is counted
+    add column identity text generated always as (
+        case presence when 'user' then 'user:' || user_id when 'connection' then 'connection:' || channel end
+    ) stored,
+    add constraint memberships_presence_is_valid check (
+        presence = 'connection' or (presence = 'user' and user_id is not null));
+
+create index memberships_identity on pgchannels.memberships (group_name, identity) where identity is not null;
+
+create index memberships_left_at on pgchannels.memberships (left_at) where left_at is not null;
+
+comment on column pgchannels.memberships.since is 'the end of the log when it joined: later messages of the group are the member''s';
+
+-- Idempotency keys. Written in the transaction that publishes; a second publisher waits for it.
+create table pgchannels.keys (
+    channel text not null,
+    key text not null,
+    created_at timestamptz not null,
+    expires_at timestamptz not null,
+    claimed_by xid8 not null default pg_current_xact_id(),
+    constraint keys_pkey primary key (channel, key)
+);
+
+create index keys_expires_at on pgchannels.keys (expires_at);
+
+-- What a node's last claim took, so that one whose answer was lost on the way can be asked again.
+create table pgchannels.claims (
+    node uuid not null,
+    token bigint not null,
+    names text[] not null,
+    ids bigint[] not null,
+    made_at timestamptz not null default clock_timestamp(),
+    constraint claims_pkey primary key (node)
+);
+
+-- Durable readers: how far each has come, and who reads for it now.
+create table pgchannels.followers (
+    name text not null,
+    channels text[] not null,
+    position bigint not null,
+    epoch integer not null,
+    holder uuid,
+    expires_at timestamptz,
+    created_at timestamptz not null default clock_timestamp(),
+    moved_at timestamptz not null default clock_timestamp(),
+    constraint followers_pkey primary key (name)
+);
+
+comment on column pgchannels.followers.position is 'the last id whose effects are done';
+
+-- For who is there now; read by those who listen, and swept out within seconds. Not logged: an
+-- insert flushes nothing, and a crash of the server empties it.
+create unlogged table pgchannels.ephemeral (
+    id bigint generated always as identity,
+    channel text not null,
+    payload json not null,
+    headers json,
+    attachments bytea[],
+    created_at timestamptz not null default clock_timestamp(),
+    constraint ephemeral_pkey primary key (id),
+    constraint ephemeral_channel_is_valid check (pgchannels.is_channel(channel)),
+    constraint ephemeral_payload_is_valid check (pgchannels.is_payload(payload))
+);
+
+create index ephemeral_created_at on pgchannels.ephemeral (created_at);
+
+-- What changes who is present in a group goes one after the other, and is told of in that order,
+-- with counts that add up. The log's order within a batch is that of transaction ids, so this must
+-- come before anything that gives the transaction its id: before any write or row lock.
+create function pgchannels.lock_presence(groups text[]) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    key integer;
+begin
+    for key in select distinct hashtext('pgchannels.' || g.name) from unnest(groups) g(name) order by 1
+    loop
+        perform pg_advisory_xact_lock(1885823849, key);
+    end loop;
+end
+$$;
+
+-- Publish that members have left, those of whom nothing remains in the group. The lock is held.
+create function pgchannels.publish_left(departed json) returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    published integer;
+begin
+    insert into pgchannels.outbox (channel, payload)
+    select 'presence:' || g.group_name,
+           json_build_object(
+               'type', 'presence.left', 'group', g.group_name, 'user_id', g.user_id,
+               'connection', case when g.presence = 'connection' then g.channel end,
+               'metadata', g.metadata,
+               'count', (select count(distinct m.identity) from pgchannels.memberships m
+                          where m.group_name = g.group_name and m.identity is not null)
+                        + count(*) over (partition by g.group_name)
+                        - row_number() over (partition by g.group_name order by g.identity))
+      from (select distinct on (d.group_name, d.identity) d.*
+              from json_to_recordset(departed)
+                   as d(group_name text, channel text, identity text, presence text, user_id text, metadata json)
+             where d.identity is not null
+               and not exists (select from pgchannels.memberships m
+                                where m.group_name = d.group_name and m.identity = d.identity)
+             order by d.group_name, d.identity) g
+     order by g.group_name, g.identity;
+    get diagnostics published = row_count;
+    return published;
+end
+$$;
+
+-- Add and remove members, each pair of group and channel at most once in a call. Returns how many
+-- messages it has published: who joined, who left (at once, or after "grace" if counted as a user),
+-- and for channels that are not the announcer's own, that somebody must look at their groups.
+create function pgchannels.change_memberships(
+    groups text[], names text[], adding boolean[], presences text[], grace interval, announcer uuid)
+returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    counted text[];
+    published integer := 0;
+    inserted integer;
+    departed json;
+begin
+    select coalesce(array_agg(distinct x.name), '{}') into counted from (
+        select c.group_name as name
+          from unnest(groups, presences) c(group_name, presence) where c.presence is not null
+        union all
+        select m.group_name from unnest(groups, names) c(group_name, channel)
+          join pgchannels.memberships m on m.group_name = c.group_name and m.channel = c.channel
+         where m.identity is not null) x;
+    if counted <> '{}' then
+        perform pgchannels.lock_presence(counted);
+    end if;
+
+    if true = any (adding) then
+        -- A connection's channel that is no more gets no memberships; others need no row.
+        with asked as (
+            select c.group_name, c.channel, c.presence, k.user_id, k.metadata
+              from unnest(groups, names, adding, presences) c(group_name, channel, adding, presence)
+              left join pgchannels.channels k on k.name = c.channel
+             where c.adding and (k.name is not null or c.channel !~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$')
+        ), joined as (
+            insert into pgchannels.memberships as m (group_name, channel, since, presence, user_id, metadata)
+            select a.group_name, a.channel, b.head, a.presence, a.user_id, a.metadata
+              from asked a cross join pgchannels.bounds b
+             order by a.group_name, a.channel
+            on conflict (group_name, channel) do update
+                set joined_at = excluded.joined_at,
+                    since = case when m.left_at is null then m.since else excluded.since end,
+                    left_at = null,
+                    presence = coalesce(excluded.presence, m.presence),
+                    user_id = excluded.user_id,
+                    metadata = excluded.metadata
+            returning m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata
+        ), arrived as (
+            -- The snapshot is from before the insert: whom it does not show has arrived.
+            select distinct on (j.group_name, j.identity) j.*
+              from joined j
+             where j.identity is not null
+               and not exists (select from pgchannels.memberships m
+                                where m.group_name = j.group_name and m.identity = j.identity)
+             order by j.group_name, j.identity
+        )
+        insert into pgchannels.outbox (channel, payload)
+        select 'presence:' || a.group_name,
+               json_build_object(
+                   'type', 'presence.joined', 'group', a.group_name, 'user_id', a.user_id,
+                   'connection', case when a.presence = 'connection' then a.channel end,
+                   'metadata', a.metadata,
+                   'count', (select count(distinct m.identity) from pgchannels.memberships m
+                              where m.group_name = a.group_name and m.identity is not null)
+                            + row_number() over (partition by a.group_name order by a.identity))
+          from arrived a
+         order by a.group_name, a.identity;
+        get diagnostics published = row_count;
+        -- Who has come back is no longer on the way out.
+        if counted <> '{}' then
+            delete from pgchannels.memberships g
+             using unnest(groups, names, adding) c(group_name, channel, adding), pgchannels.memberships m
+             where c.adding and m.group_name = c.group_name and m.channel = c.channel and m.left_at is null
+               and g.group_name = m.group_name and g.identity = m.identity and g.left_at is not null;
+        end if;
+    end if;
+
+    if false = any (adding) then
+        if grace > interval '0' then
+            update pgchannels.memberships m set left_at = clock_timestamp()
+              from unnest(groups, names, adding) c(group_name, channel, adding)
+             where not c.adding and m.group_name = c.group_name and m.channel = c.channel
+               and m.presence = 'user' and m.left_at is null and m.group_name = any (counted);
+        end if;
+        with gone as (
+            delete from pgchannels.memberships m
+             using unnest(groups, names, adding) c(group_name, channel, adding)
+             where not c.adding and m.group_name = c.group_name and m.channel = c.channel
+               and m.left_at is null and (m.identity is null or m.group_name = any (counted))
+            returning m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata
+        )
+        select json_agg(g) into departed from gone g where g.identity is not null;
+        if departed is not null then
+            published := published + pgchannels.publish_left(departed);
+        end if;
+    end if;
+
+    insert into pgchannels.outbox (channel, payload)
+    select 'pgchannels.members', json_build_object('channels', json_agg(k.name))
+      from (select distinct c.name from unnest(names) c(name)) c
+      join pgchannels.channels k on k.name = c.name
+     where k.node is distinct from announcer
+    having count(*) > 0;
+    get diagnostics inserted = row_count;
+    return published + inserted;
+end
+$$;
+
+-- Remove channels with all their memberships. Returns how many messages were published.
+create function pgchannels.remove_channels(names text[], grace interval, announcer uuid) returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    groups text[];
+    members text[];
+    published integer := 0;
+begin
+    select array_agg(m.group_name), array_agg(m.channel) into groups, members
+      from pgchannels.memberships m where m.channel = any (names) and m.left_at is null;
+    if groups is not null then
+        published := pgchannels.change_memberships(
+            groups, members, array_fill(false, array[cardinality(groups)]),
+            array_fill(null::text, array[cardinality(groups)]), grace, announcer);
+    end if;
+    delete from pgchannels.channels c where c.name = any (names);
+    return published;
+end
+$$;
+
+-- End the presence of those whose time of grace is over. Returns how many messages were published.
+create function pgchannels.settle_departures(grace interval, max_members integer) returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    counted text[];
+    due_before timestamptz := clock_timestamp() - grace;
+    departed json;
+begin
+    select array_agg(distinct d.group_name) into counted
+      from (select m.group_name from pgchannels.memberships m
+             where m.left_at < due_before order by m.left_at limit max_members) d;
+    if counted is null then
+        return 0;
+    end if;
+    perform pgchannels.lock_presence(counted);
+    with gone as (
+        delete from pgchannels.memberships m
+         where m.left_at < due_before and m.group_name = any (counted)
+        returning m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata
+    )
+    select json_agg(g) into departed from gone g;
+    return case when departed is null then 0 else pgchannels.publish_left(departed) end;
+end
+$$;
+
+-- Declare nodes dead whose lease has run out, and remove what lived by it: at most so many channels
+-- in a call. Only a node may ask that has itself been there for as long as a lease.
+create function pgchannels.reap(
+    me uuid, lease interval, max_channels integer, out removed integer, out published integer)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    names text[];
+begin
+    removed := 0;
+    published := 0;
+    if not exists (select from pgchannels.nodes n
+                    where n.dead_since is not null or n.heartbeat_at < clock_timestamp() - lease)
+       or not exists (select from pgchannels.nodes n
+                       where n.id = me and n.dead_since is null and n.steady_since < clock_timestamp() - lease)
+       or not pg_try_advisory_xact_lock(1885823850, hashtext('pgchannels.')) then
+        return;
+    end if;
+    -- Those that were declared dead before now; see lock_presence() for why no write comes first.
+    select array_agg(d.name) into names
+      from (select c.name from pgchannels.nodes n join pgchannels.channels c on c.node = n.id
+             where n.dead_since is not null limit max_channels) d;
+    if names is not null then
+        removed := cardinality(names);
+        -- The lease was time enough to come back in.
+        published := pgchannels.remove_channels(names, interval '0', me);
+    else
+        delete from pgchannels.claims k using pgchannels.nodes n where n.dead_since is not null and k.node = n.id;
+        delete from pgchannels.nodes n
+         where n.dead_since is not null
+           and not exists (select from pgchannels.channels c where c.node = n.id);
+    end if;
+    update pgchannels.nodes n set dead_since = clock_timestamp()
+     where n.dead_since is null and n.heartbeat_at < clock_timestamp() - lease;
+    if found then
+        removed := greatest(removed, 1);  -- there is more to do
+    end if;
+end
+$$;
