@@ -16,7 +16,8 @@ from benchmarks.context import Benchmark, Context
 from benchmarks.figures import Figure, figure, ratio
 from benchmarks.payloads import PAYLOAD_TEXT
 from pgchannels import Settings
-from pgchannels.store import Outgoing, Session
+from pgchannels.records import Outgoing
+from pgchannels.store import Session
 
 __all__ = ["BENCHMARK"]
 

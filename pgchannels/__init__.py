@@ -1,10 +1,19 @@
 """Durable messaging for FastAPI, inside the PostgreSQL that the application already has."""
 
+from pgchannels.channels import EVERYONE, presence_channel
+from pgchannels.configuration import (
+    forget_channel_layers,
+    get_channel_layer,
+    get_channel_layer_from_env,
+)
+from pgchannels.envelopes import websocket_bytes_message, websocket_json_message
 from pgchannels.errors import (
+    ChannelFull,
     ChannelLayerClosed,
     ConfigurationError,
     DatabaseError,
     DatabaseUnavailable,
+    FollowerLost,
     InvalidChannel,
     InvalidMessage,
     InvalidPayload,
@@ -14,29 +23,51 @@ from pgchannels.errors import (
     SchemaError,
     UnknownPosition,
 )
-from pgchannels.layer import HistoryPage, PostgresLayer
+from pgchannels.follower import Batch, Follower
+from pgchannels.layer import ChannelLayer
+from pgchannels.memory import MemoryLayer
 from pgchannels.messages import BEGINNING, Message, Position
+from pgchannels.payloads import Serializer
+from pgchannels.postgres import PostgresLayer
+from pgchannels.records import FollowerStatus, HistoryPage, Present, Receipt
 from pgchannels.settings import Settings
 from pgchannels.stream import Stream
 
 __all__ = [
     "BEGINNING",
+    "EVERYONE",
+    "Batch",
+    "ChannelFull",
+    "ChannelLayer",
     "ChannelLayerClosed",
     "ConfigurationError",
     "DatabaseError",
     "DatabaseUnavailable",
+    "Follower",
+    "FollowerLost",
+    "FollowerStatus",
     "HistoryPage",
     "InvalidChannel",
     "InvalidMessage",
     "InvalidPayload",
     "InvalidPosition",
+    "MemoryLayer",
     "Message",
     "MessageTooLarge",
     "PGChannelsError",
     "Position",
     "PostgresLayer",
+    "Present",
+    "Receipt",
     "SchemaError",
+    "Serializer",
     "Settings",
     "Stream",
     "UnknownPosition",
+    "forget_channel_layers",
+    "get_channel_layer",
+    "get_channel_layer_from_env",
+    "presence_channel",
+    "websocket_bytes_message",
+    "websocket_json_message",
 ]

@@ -1,4 +1,4 @@
-"""The commands of the command line: ``migrate``, ``prune``, ``demo``.
+"""The commands of the command line: ``migrate``, ``prune``, ``followers``, ``demo``.
 
 They raise what goes wrong; `pgchannels.cli` says it and turns it into an exit code.
 """
@@ -14,10 +14,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pgchannels import migrate
 from pgchannels.errors import ConfigurationError
+from pgchannels.postgres_follower import MAX_LAG, follower_statuses
 from pgchannels.pruner import Pruner, PruneReport
+from pgchannels.records import FollowerStatus
 from pgchannels.schema import NEEDED_REVISION, check_revision
 from pgchannels.settings import Settings
 from pgchannels.store import Session
@@ -119,6 +122,14 @@ def prune(
 
 
 @app.command()
+def followers(database_url: DatabaseUrl = None, schema: Schema = None) -> None:
+    """Show the durable readers: how far each has come, and what it has still to do."""
+    settings = _settings(database_url=database_url, schema_name=schema)
+    check_revision(settings.schema_name, migrate.current(settings))
+    _print_followers(asyncio.run(_followers(settings)))
+
+
+@app.command()
 def demo(
     database_url: Annotated[
         str | None,
@@ -168,6 +179,29 @@ async def _prune(settings: Settings, *, dry_run: bool) -> PruneReport:
         await session.close()
 
 
+async def _followers(settings: Settings) -> list[FollowerStatus]:
+    session = Session(settings, "followers")
+    try:
+        return await follower_statuses(session)
+    finally:
+        await session.close()
+
+
+def _print_followers(found: list[FollowerStatus]) -> None:
+    table = Table(box=None)
+    for heading in ("name", "position"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("lag", justify="right")
+    for heading in ("active", "moved"):
+        table.add_column(heading)
+    for each in found:
+        lag = str(each.lag) if each.lag < MAX_LAG else f"{MAX_LAG} or more"
+        active = "yes" if each.active else "no"
+        moved = each.moved_at.isoformat(sep=" ", timespec="seconds")
+        table.add_row(Text(each.name), str(each.position), lag, active, moved)
+    Console(highlight=False).print(table if found else "There are no followers.")
+
+
 def _print_report(report: PruneReport, settings: Settings, *, dry_run: bool) -> None:
     kept = "for ever" if settings.retention is None else f"for {settings.retention}"
     title = f"schema {settings.schema_name!r}, messages are kept {kept}"
@@ -189,6 +223,9 @@ def _print_report(report: PruneReport, settings: Settings, *, dry_run: bool) -> 
 _LABELS = {
     "floor": "the log begins after id",
     "messages_deleted": "messages deleted, past the retention",
+    "keys_deleted": "idempotency keys forgotten",
+    "memberships_ended": "memberships ended, of channels not in use",
+    "receivers_deleted": "channels forgotten that nobody receives from",
     "expired_deleted": "messages deleted, past their own time to live",
     "stragglers": "stragglers published anew",
 }

@@ -6,6 +6,8 @@
      ├─ ConfigurationError          a setting, a bind or a call that cannot work as given
      │   └─ SchemaError             the database is not at the revision that this code needs
      ├─ ChannelLayerClosed          the layer is not open (any more)
+     ├─ ChannelFull                 as many messages wait to be received as the channel may hold
+     ├─ FollowerLost                another one reads as this durable reader now
      ├─ InvalidMessage              refused before anything was written
      │   ├─ InvalidChannel
      │   ├─ InvalidPayload
@@ -25,11 +27,13 @@ from __future__ import annotations
 import logging
 
 __all__ = [
+    "ChannelFull",
     "ChannelLayerClosed",
     "ConfigurationError",
     "DatabaseError",
     "DatabaseUnavailable",
     "EmbeddedPostgresError",
+    "FollowerLost",
     "InvalidChannel",
     "InvalidMessage",
     "InvalidPayload",
@@ -87,12 +91,47 @@ class ChannelLayerClosed(PGChannelsError):
         return self.args[0] if self.args else "the channel layer is not open"
 
 
+class ChannelFull(PGChannelsError):
+    """The message was not sent, for nobody receives as fast as is sent.
+
+    Attributes:
+        channel: where to.
+        capacity: how many messages may wait there.
+    """
+
+    def __init__(self, channel: str, capacity: int) -> None:
+        self.channel = channel
+        self.capacity = capacity
+        super().__init__(channel, capacity)
+
+    def __str__(self) -> str:
+        return f"channel {self.channel!r} is full: {self.capacity} messages wait to be received"
+
+
+class FollowerLost(PGChannelsError):
+    """What was to be acknowledged is another reader's by now. Roll the transaction back.
+
+    The lease had run out (a process was paused, or the database away), or somebody has moved or
+    removed the position.
+
+    Attributes:
+        name: of the durable reader.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(name)
+
+    def __str__(self) -> str:
+        return f"{self.name!r} is read by another follower by now, or its position has moved"
+
+
 class InvalidMessage(PGChannelsError, ValueError):
     """A message was refused. Nothing was written."""
 
 
 class InvalidChannel(InvalidMessage):
-    """A channel name outside the rules of :func:`pgchannels.messages.check_channel`.
+    """A channel name outside the rules of :func:`pgchannels.channels.check_channel`.
 
     Attributes:
         channel: what was given, whatever its type.

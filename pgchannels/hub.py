@@ -11,19 +11,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pgchannels.backoff import Backoff
 from pgchannels.errors import ChannelLayerClosed, DatabaseError
 from pgchannels.messages import Position
-from pgchannels.store import Head, LogPage
+from pgchannels.records import Head, LogPage
 
 if TYPE_CHECKING:
     from pgchannels.messages import Message
     from pgchannels.settings import Settings
     from pgchannels.store import Session, Store
+    from pgchannels.stream import Subscriber
 
-__all__ = ["Hub", "Subscriber"]
+__all__ = ["Hub"]
 
 logger = logging.getLogger("pgchannels.hub")
 
@@ -32,17 +33,9 @@ _FEW_CHANNELS = 32
 # Offers made before the event loop gets a turn: about two milliseconds. A socket that is woken for
 # several messages sends them at a fraction of the cost of each by itself.
 _OFFERS_AT_A_TIME = 5000
+_NOBODY: dict[Subscriber, None] = {}
 # Seconds to wait after a hint at messages that are not there.
 _AFTER_FALSE_HINT = 0.05
-
-
-class Subscriber(Protocol):
-    """Who can be registered. ``offer`` must return at once and never raise."""
-
-    def offer(self, message: Message) -> None: ...
-
-    def missed(self) -> None:
-        """Retention has removed messages before they could be offered."""
 
 
 class Hub:
@@ -83,6 +76,11 @@ class Hub:
         """Begin at the end of the log. LISTEN may come later: ``connected()`` looks."""
         head = await self._session.head()
         self.cursor, self._epoch = head.id, head.epoch
+
+    @property
+    def position(self) -> Position:
+        """The last message that has been offered."""
+        return Position(self._epoch, self.cursor)
 
     def refuse(self) -> None:
         """Register nobody any more."""
@@ -143,6 +141,10 @@ class Hub:
         # wait for an answer far longer than the listener waits for a heartbeat.
         self._session.abort()
         self.reached(self.cursor + 1)  # from then on, at a shorter interval
+
+    async def head(self) -> Head:
+        """The end of the log now."""
+        return await self._store.head()
 
     async def replay(self, channels: tuple[str, ...], after: int) -> LogPage:
         """Read a page for a subscriber. Those who ask for the same one share it.
@@ -218,7 +220,7 @@ class Hub:
                 return
 
     def _begin_anew(self, head: Head) -> None:
-        reached = Position(self._epoch, self.cursor)
+        reached = self.position
         logger.error("the log has been rewritten: it ends at %s, %s had been read", head, reached)
         self.cursor, self._epoch = head.id, head.epoch
         self._on_rewritten(reached)
@@ -230,15 +232,23 @@ class Hub:
             return LogPage([], await self._session.head(), full=False)
         return await self._session.read_channels(channels, self.cursor)
 
+    def offer(self, message: Message) -> int:
+        """Offer a message to who reads its channel, or to those it was sent to; how many those are.
+
+        For an ephemeral one, which is in no page, call this yourself.
+        """
+        subscribers = self._index.get(message.channel, _NOBODY)
+        if not message.is_plain and (recipients := message.recipients) is not None:
+            subscribers = {s: None for name in recipients for s in self._index.get(name, _NOBODY)}
+        for subscriber in subscribers:
+            subscriber.offer(message)
+        return len(subscribers)
+
     async def _hand_out(self, page: LogPage, *, complete: bool) -> bool:
         """Offer a page's messages. True if it had to stop because the page lacks a channel."""
         offers = 0
         for message in page.messages:
-            subscribers = self._index.get(message.channel)
-            if subscribers:
-                for subscriber in subscribers:
-                    subscriber.offer(message)
-                offers += len(subscribers)
+            offers += self.offer(message)
             self.cursor = message.id
             if offers >= _OFFERS_AT_A_TIME:
                 offers = 0

@@ -1,88 +1,87 @@
 """The channel layer: what an application opens, publishes through and reads from.
 
-It owns the tasks of a node (listener, hub, sequencer, pruner), starts them, ends them, and starts
-one again that fails in a way nobody thought of.
+:class:`ChannelLayer` is the contract. What is said here holds for every layer, and the suite in
+:mod:`pgchannels.testing` tests it. Arguments are checked here, so that all layers refuse the same
+things with the same words; a layer implements what is abstract.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, Self
-from uuid import uuid4
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pgchannels.backoff import Backoff
-from pgchannels.errors import ChannelLayerClosed, ConfigurationError, UnknownPosition
-from pgchannels.hub import Hub
-from pgchannels.leases import Lease
-from pgchannels.listener import Listener
+import orjson
+
+from pgchannels.channels import (
+    DIRECT,
+    EVERYONE,
+    check_channel,
+    presence_channel,
+    user_channel,
+)
+from pgchannels.envelopes import Envelope, websocket_bytes_message, websocket_json_message
+from pgchannels.errors import InvalidChannel, InvalidMessage, UnknownPosition
 from pgchannels.messages import (
+    ATTACHMENTS,
     BEGINNING,
+    EXCEPT,
+    FRAME,
+    ONLY,
+    OWN_HEADERS,
     Message,
     Position,
-    check_channel,
     check_ttl,
-    encode_payload,
 )
-from pgchannels.pruner import Pruner
-from pgchannels.publisher import Publisher
-from pgchannels.sequencer import Sequencer
+from pgchannels.payloads import DEFAULT, Serializer, encode_payload
+from pgchannels.records import (
+    FollowerStatus,
+    Head,
+    HistoryPage,
+    LogPage,
+    Outgoing,
+    PresenceBy,
+    Present,
+    Receipt,
+)
 from pgchannels.settings import Settings
-from pgchannels.store import Head, Outgoing, Session, Store
-from pgchannels.stream import Stream
 
-__all__ = ["HistoryPage", "PostgresLayer"]
+if TYPE_CHECKING:
+    from pgchannels.follower import Follower
+    from pgchannels.stream import Stream
 
-logger = logging.getLogger("pgchannels")
+__all__ = ["MAX_HISTORY", "ChannelLayer", "outgoing"]
 
 MAX_HISTORY = 1000
-
-_NOT_OPEN = (
-    "the channel layer is not open: use 'async with layer:', or FastAPI(lifespan=lifespan(layer))"
-)
-
-
-@dataclass(frozen=True)
-class HistoryPage:
-    """A part of a channel's history, in the order that was asked for."""
-
-    messages: list[Message]
-    next: Position | None
-    """Where more begins: ``after=`` it, or ``before=`` it if newest first. None: no more."""
-    position: Position
-    """The end of the log when this was read. To go on live from the newest page without a gap or a
-    repeat, subscribe after this."""
-    truncated: bool
-    """Retention may have removed messages that were asked for."""
+MAX_RECIPIENTS = 1000
+MAX_KEY_LENGTH = 200
+MAX_HEADERS_SIZE = 8192
+MAX_METADATA_SIZE = 8192
 
 
-class PostgresLayer:
-    """A channel layer on PostgreSQL. Nothing opens in the constructor.
+class ChannelLayer(ABC):
+    """Send, receive, subscribe, groups. Nothing opens in the constructor.
 
     ::
 
-        layer = PostgresLayer("postgresql://…")
         async with layer:
             await layer.send("jobs", {"type": "resize", "id": 7})
+            message = await layer.receive("jobs", timeout=5)
 
-    One layer serves one event loop, any number of tasks in it. Create it where you like and open it
-    where the loop runs.
+    One layer serves one event loop, any number of tasks in it.
 
     Args:
-        settings: a database URL, or :class:`~pgchannels.Settings`; from the environment if None.
+        settings: :class:`~pgchannels.Settings`; from the environment if None.
+        serializer: how payloads become JSON and objects again.
     """
 
-    def __init__(self, settings: Settings | str | None = None) -> None:
-        if isinstance(settings, str):
-            settings = Settings(database_url=settings)
+    def __init__(
+        self, settings: Settings | None = None, *, serializer: Serializer = DEFAULT
+    ) -> None:
         self.settings = settings or Settings()
-        self._node: _Node | None = None
-        self._changing = asyncio.Lock()
-        self._stopping: asyncio.Task[None] | None = None
+        self.serializer = serializer
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -96,99 +95,228 @@ class PostgresLayer:
     ) -> None:
         await self.close()
 
+    @abstractmethod
     async def open(self) -> None:
-        """Connect and start the node's tasks. Opening an open layer does nothing.
+        """Begin. Opening an open layer does nothing."""
 
-        Raises:
-            SchemaError: the database has not been migrated, or by a newer version.
-            DatabaseUnavailable: the server cannot be reached.
-        """
-        async with self._changing:
-            await self._stopped()
-            if self._node is None:
-                node = _Node(self.settings)
-                await node.start()
-                self._node = node
-
+    @abstractmethod
     async def close(self) -> None:
-        """Finish what is being published, end every stream and task. Again: does nothing.
+        """Finish what is being published, end everything that waits here. Again: does nothing.
 
-        Takes a few seconds at most, also while the database is away. Cancelled, it goes on by
-        itself, and the next call waits for it.
+        Whoever waits gets :class:`~pgchannels.ChannelLayerClosed`, as does every later call.
         """
-        async with self._changing:
-            node, self._node = self._node, None
-            if node is not None:
-                self._stopping = asyncio.create_task(node.stop(), name="pgchannels close")
-            await self._stopped()
 
-    async def _stopped(self) -> None:
-        stopping = self._stopping
-        if stopping is None:
-            return
-        try:
-            if not stopping.done():
-                await asyncio.shield(stopping)
-        finally:
-            if stopping.done():
-                self._stopping = None
-
-    @property
-    def is_listening(self) -> bool:
-        """Whether notifications come in. While they do not, messages are found by polling."""
-        return self._node is not None and self._node.listener.healthy
+    # Sending
 
     async def send(
-        self, channel: str, payload: Any, *, ttl: float | timedelta | None = None
-    ) -> None:
+        self,
+        channel: str,
+        payload: Any,
+        *,
+        ttl: float | timedelta | None = None,
+        headers: Mapping[str, str] | None = None,
+        key: str | None = None,
+    ) -> Receipt:
         """Publish a message; return when it is committed.
 
         It is ordered after everything that was committed before the call. To publish in a
         transaction of your own, see :mod:`pgchannels.orm`.
 
         Args:
-            channel: see :func:`pgchannels.messages.check_channel`.
-            payload: a mapping, see :func:`pgchannels.messages.encode_payload`.
-            ttl: how long it can be read, in seconds; by default as long as it is retained.
+            channel: see :func:`pgchannels.channels.check_channel`.
+            payload: a mapping or a pydantic model, bytes included; see
+                :func:`pgchannels.payloads.encode_payload`.
+            ttl: how long it can be read, in seconds; ``default_ttl`` if None.
+            headers: texts by name, for who reads on a server. Sockets do not get them.
+            key: an idempotency key, up to 200 characters. A second message with the same key on the
+                same channel within ``key_lifetime`` is not published, and its receipt is the first
+                one's. A concurrent one waits for the first to be committed.
 
         Raises:
-            InvalidMessage: for a bad channel, payload or ttl. Nothing was written.
-            DatabaseUnavailable: the message may or may not have been published.
+            InvalidMessage: for a bad argument. Nothing was written.
+            ChannelFull: ``capacity`` is set, and as many messages wait to be received from this
+                channel. Nothing was written.
+            DatabaseUnavailable: the message may or may not have been published. With a key, sending
+                again is safe.
             ChannelLayerClosed: the layer is not open.
         """
-        message = Outgoing(
-            check_channel(channel),
-            encode_payload(payload, max_size=self.settings.max_message_size),
-            check_ttl(ttl),
+        return await self._publish(
+            self._outgoing(check_channel(channel), payload, ttl=ttl, headers=headers, key=key)
         )
-        await self._opened.publisher.publish(message)
 
     async def group_send(
-        self, group: str, payload: Any, *, ttl: float | timedelta | None = None
-    ) -> None:
-        """Publish to a group: one stored message, whoever many receive it. The same as ``send``."""
-        await self.send(group, payload, ttl=ttl)
+        self,
+        group: str,
+        payload: Any,
+        *,
+        exclude: str | None = None,
+        ttl: float | timedelta | None = None,
+        headers: Mapping[str, str] | None = None,
+        key: str | None = None,
+    ) -> Receipt:
+        """Publish to a group: one stored message, however many members receive it.
 
-    def subscribe(self, *channels: str, after: Position | str | None = None) -> Stream:
+        As :meth:`send`, and:
+
+        Args:
+            group: a channel's name.
+            exclude: the channel of a member that does not get it: the sender, say. Who reads the
+                group without being a member, and its history, still do.
+        """
+        extra = {} if exclude is None else {EXCEPT: check_channel(exclude)}
+        return await self._publish(
+            self._outgoing(
+                check_channel(group), payload, ttl=ttl, headers=headers, key=key, extra=extra
+            )
+        )
+
+    async def send_to(
+        self,
+        channels: Iterable[str],
+        payload: Any,
+        *,
+        ttl: float | timedelta | None = None,
+        headers: Mapping[str, str] | None = None,
+        key: str | None = None,
+    ) -> Receipt:
+        """Publish one stored message to several connections: channels from :meth:`new_channel`.
+
+        Each gets it as if it had been sent to it alone; in nobody's history it shows. As
+        :meth:`send`, and:
+
+        Args:
+            channels: 1 to 1000 names.
+        """
+        if isinstance(channels, str):
+            raise InvalidChannel(channels, "send_to() takes several channels, as a list")
+        names = sorted({check_channel(channel) for channel in channels})
+        if not 1 <= len(names) <= MAX_RECIPIENTS:
+            raise InvalidMessage(f"it takes 1 to {MAX_RECIPIENTS} channels, not {len(names)}")
+        extra = {ONLY: orjson.dumps(names).decode()}
+        return await self._publish(
+            self._outgoing(DIRECT, payload, ttl=ttl, headers=headers, key=key, extra=extra)
+        )
+
+    async def send_to_user(
+        self,
+        user_id: str,
+        payload: Any,
+        *,
+        ttl: float | timedelta | None = None,
+        headers: Mapping[str, str] | None = None,
+        key: str | None = None,
+    ) -> Receipt:
+        """Publish one stored message to all connections of a user, on all nodes. As :meth:`send`.
+
+        Connections are a user's by ``new_channel(user_id=…)`` or ``update_channel()``.
+        """
+        return await self._publish(
+            self._outgoing(user_channel(user_id), payload, ttl=ttl, headers=headers, key=key)
+        )
+
+    async def broadcast(
+        self,
+        payload: Any,
+        *,
+        ttl: float | timedelta | None = None,
+        headers: Mapping[str, str] | None = None,
+        key: str | None = None,
+    ) -> Receipt:
+        """Publish one stored message to every connection. As :meth:`send` to ``EVERYONE``."""
+        return await self.send(EVERYONE, payload, ttl=ttl, headers=headers, key=key)
+
+    async def send_ephemeral(
+        self, channel: str, payload: Any, *, exclude: str | None = None
+    ) -> None:
+        """Tell who is there now, and nobody later: somebody is typing, a cursor has moved.
+
+        It goes to those who subscribe to the channel or group and are live, on all nodes; at most
+        once, in no order with stored messages. It is not in the history, not replayed, and neither
+        ``receive()`` nor ``follow()`` gives it. A subscriber that is behind misses it.
+
+        Args:
+            channel: a channel or group.
+            payload: see :meth:`send`.
+            exclude: the channel of a member that does not get it.
+
+        Raises:
+            InvalidMessage, DatabaseUnavailable, ChannelLayerClosed: as :meth:`send`.
+        """
+        extra = {} if exclude is None else {EXCEPT: check_channel(exclude)}
+        await self._publish_ephemeral(self._outgoing(check_channel(channel), payload, extra=extra))
+
+    async def send_json_message(self, channel: str, body: Any, **extra: Any) -> Receipt:
+        """Send what consumers pass on to their clients as it is: *body*, as a JSON text frame."""
+        return await self.send(channel, websocket_json_message(body, **extra))
+
+    async def send_bytes_message(self, channel: str, body: bytes, **extra: Any) -> Receipt:
+        """Send what consumers pass on to their clients as it is: *body*, as a binary frame."""
+        return await self.send(channel, websocket_bytes_message(body, **extra))
+
+    # Reading
+
+    @abstractmethod
+    async def receive(self, channel: str, *, timeout: float | None = None) -> Message:
+        """Take the next message: of the channel, or of its groups since it joined them.
+
+        Each message goes to exactly one of all receivers of the channel, in any process: at most
+        once. Cancelled, also by a timeout from outside, it loses nothing that it did not return.
+        A channel's first receiver begins with the oldest message that is retained; a channel from
+        :meth:`new_channel` with what is sent after that call. Each receiver takes the oldest that
+        is left; what another one has handed back comes first.
+
+        Args:
+            channel: one channel.
+            timeout: seconds; None to wait for ever, 0 or less for what is there now.
+
+        Raises:
+            TimeoutError: nothing came in time.
+            InvalidChannel, ChannelLayerClosed.
+            DatabaseUnavailable: never while waiting: it waits until the database is back.
+        """
+
+    @abstractmethod
+    def subscribe(
+        self,
+        *channels: str,
+        after: Position | str | None = None,
+        member: str | None = None,
+    ) -> Stream:
         """Read channels: everything after a position, then live. See :class:`Stream`.
 
         Args:
             channels: any number; ``Stream.join`` adds more.
             after: a message's position; ``"0"`` for all that is retained; None for from now on.
+            member: a channel of this layer's :meth:`new_channel`, to be read as: the stream also
+                has what is sent to it, alone or among others, to its user, to everyone, and to the
+                groups that it is a member of, whoever has added it; and lacks what excludes it.
 
         Raises:
             InvalidChannel, InvalidPosition: at once.
             UnknownPosition: on entering, for a position that this log has never reached.
         """
-        node = self._opened
-        return Stream(
-            channels,
-            after,
-            hub=node.hub,
-            store=node.store,
-            settings=self.settings,
-            streams=node.streams,
-        )
+
+    @abstractmethod
+    def follow(self, *channels: str, name: str, after: Position | str | None = None) -> Follower:
+        """Read channels as the durable reader *name*, in batches. See :class:`Follower`.
+
+        Args:
+            channels: one at least.
+            name: who reads: its position is kept under this name, a valid channel's. One reads at a
+                time; others wait, and the next one takes over from one that is gone.
+            after: where a name that is new begins; None for from now on.
+        """
+
+    @abstractmethod
+    async def followers(self) -> list[FollowerStatus]:
+        """All durable readers, by name: how far each has come, and how far it lags behind."""
+
+    @abstractmethod
+    async def forget_follower(self, name: str) -> bool:
+        """Remove a durable reader's position. The name is then new. False: there was none.
+
+        Whoever reads for it now cannot acknowledge any more.
+        """
 
     async def history(
         self,
@@ -219,13 +347,11 @@ class PostgresLayer:
             raise ValueError(f"limit must be 1 to {MAX_HISTORY}, not {limit}")
         low = BEGINNING if after is None else Position.parse(after)
         high = None if before is None else Position.parse(before)
-        store = self._opened.store
         end = 2**63 - 1 if high is None else high.id
         # One more than asked for tells whether there is a next page.
-        if order == "asc":
-            page = await store.read_channels([channel], low.id, limit=limit + 1)
-        else:
-            page = await store.read_backwards(channel, end, low.id, limit + 1)
+        page = await self._read_history(
+            channel, after=low.id, before=end, newest_first=order == "desc", limit=limit + 1
+        )
         for position in (low, high):
             _check_known(position, page.head)
         messages = [message for message in page.messages if message.id < end]
@@ -239,21 +365,210 @@ class PostgresLayer:
             or (high not in (None, BEGINNING) and end <= page.head.floor),
         )
 
-    def wake(self) -> None:
-        """Something was committed to the outbox: sequence it. From any thread; never raises."""
-        node = self._node
-        if node is not None:
-            node.wake()
+    # Channels and groups
 
-    @property
-    def _opened(self) -> _Node:
-        if self._node is None:
-            raise ChannelLayerClosed(_NOT_OPEN)
-        if self._node.loop is not asyncio.get_running_loop():
-            raise ConfigurationError(
-                "this layer was opened in another event loop; each loop needs a layer of its own"
-            )
-        return self._node
+    @abstractmethod
+    async def new_channel(
+        self,
+        prefix: str = "channel",
+        *,
+        user_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Make a channel of this layer's own, and return its name.
+
+        It lives until :meth:`delete_channel`, the layer's close, or, should the process die, until
+        its lease has run out. With it go its memberships.
+
+        Args:
+            prefix: the beginning of the name, up to 150 characters.
+            user_id: whose it is, any text: for :meth:`send_to_user` and presence.
+            metadata: a JSON object of up to 8 KiB that presence shows: a name, a colour.
+        """
+
+    @abstractmethod
+    async def update_channel(
+        self,
+        channel: str,
+        *,
+        user_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Set user and metadata of a channel that this layer has made, both.
+
+        Memberships keep what they were joined with.
+
+        Raises:
+            InvalidChannel: it is not a channel of this layer's :meth:`new_channel`.
+        """
+
+    @abstractmethod
+    async def delete_channel(self, channel: str) -> None:
+        """Remove a channel that this layer has made, and its memberships. Again: does nothing."""
+
+    async def group_add(
+        self, group: str, channel: str, *, presence: PresenceBy | None = None
+    ) -> None:
+        """Make *channel* a member of *group*. Again: renews it.
+
+        The channel may be this layer's, another's, or an ordinary one. That of a connection that is
+        gone is left out. The membership lasts until it is discarded, the channel is deleted or its
+        node is gone; that of an ordinary channel until neither the membership has been renewed nor
+        the channel received from for ``group_expiry``.
+
+        Args:
+            group: a channel's name.
+            channel: the member.
+            presence: count it in :meth:`presence`, and publish ``presence.joined`` and
+                ``presence.left`` on :func:`~pgchannels.channels.presence_channel`: ``"user"``, all
+                connections of a user as one, or ``"connection"``, each by itself.
+
+        Raises:
+            InvalidChannel: for a bad name.
+            InvalidMessage: ``presence="user"`` for a channel without a user.
+        """
+        if presence is not None:
+            if presence not in ("user", "connection"):
+                raise ValueError(f"presence must be 'user' or 'connection', not {presence!r}")
+            presence_channel(group)
+        await self._change_membership(
+            check_channel(group), check_channel(channel), adding=True, presence=presence
+        )
+
+    async def group_discard(self, group: str, channel: str) -> None:
+        """End a membership. Not an error if there is none.
+
+        Who was counted as a user leaves after ``presence_grace`` seconds, unless the user is back.
+        """
+        await self._change_membership(
+            check_channel(group), check_channel(channel), adding=False, presence=None
+        )
+
+    @abstractmethod
+    async def group_members(self, group: str) -> list[str]:
+        """The channels that are members now, sorted."""
+
+    @abstractmethod
+    async def presence(self, group: str) -> list[Present]:
+        """Who is in the group, of those who were added with ``presence=``; first come first."""
+
+    def wake(self) -> None:  # noqa: B027 - most layers have nothing to do here
+        """Something was committed by other ways than this layer's. From any thread; never raises.
+
+        A layer that finds out by itself does nothing.
+        """
+
+    # What a layer implements
+
+    @abstractmethod
+    async def _publish(self, message: Outgoing) -> Receipt: ...
+
+    @abstractmethod
+    async def _publish_ephemeral(self, message: Outgoing) -> None: ...
+
+    @abstractmethod
+    async def _read_history(
+        self, channel: str, *, after: int, before: int, newest_first: bool, limit: int
+    ) -> LogPage:
+        """Messages of *channel* with ids above *after* and below *before*."""
+
+    @abstractmethod
+    async def _change_membership(
+        self, group: str, channel: str, *, adding: bool, presence: PresenceBy | None
+    ) -> None: ...
+
+    def _outgoing(self, channel: str, payload: Any, **options: Any) -> Outgoing:
+        return outgoing(channel, payload, self.settings, self.serializer, **options)
+
+
+def outgoing(
+    channel: str,
+    payload: Any,
+    settings: Settings,
+    serializer: Serializer,
+    *,
+    ttl: float | timedelta | None = None,
+    headers: Mapping[str, str] | None = None,
+    key: str | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> Outgoing:
+    """Check and encode a message; *extra* are headers of our own."""
+    encoded = encode_payload(payload, max_size=settings.max_message_size, serializer=serializer)
+    own = dict(extra or {})
+    if encoded.pointers:
+        own[ATTACHMENTS] = orjson.dumps(encoded.pointers).decode()
+    if isinstance(payload, Envelope):
+        own[FRAME] = payload.mode
+    if key is not None:
+        _check_key(key)
+    return Outgoing(
+        channel,
+        encoded.text,
+        check_ttl(ttl if ttl is not None else settings.default_ttl or None),
+        _encode_headers(headers, own),
+        encoded.attachments,
+        key,
+    )
+
+
+def _encode_headers(headers: Mapping[str, str] | None, own: Mapping[str, str]) -> str | None:
+    if headers:
+        given: Mapping[Any, Any] = headers  # they may come from anywhere
+        for name, value in given.items():
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise InvalidMessage(f"headers must be texts by name, not {name!r}: {value!r}")
+            if name.lower().startswith(OWN_HEADERS):
+                raise InvalidMessage(f"headers named {OWN_HEADERS}… are reserved: {name!r}")
+        try:
+            size = len(orjson.dumps(dict(headers)))
+        except TypeError as error:
+            raise InvalidMessage(f"the headers cannot be encoded: {error}") from error
+        if size > MAX_HEADERS_SIZE:
+            raise InvalidMessage(f"the headers have {size} bytes; at most {MAX_HEADERS_SIZE}")
+    elif not own:
+        return None
+    return orjson.dumps({**(headers or {}), **own}).decode()
+
+
+def _check_key(key: object) -> None:
+    # PostgreSQL's text has no NUL, and nobody's has a lone surrogate.
+    if not isinstance(key, str) or not 1 <= len(key) <= MAX_KEY_LENGTH or "\0" in key:
+        raise InvalidMessage(f"a key must be a str of 1 to {MAX_KEY_LENGTH} characters")
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidMessage("a key must not hold a lone surrogate") from error
+
+
+def encode_metadata(metadata: Mapping[str, Any] | None) -> str | None:
+    """The text of a channel's metadata.
+
+    Raises:
+        InvalidPayload, MessageTooLarge: it is not a JSON object of at most 8 KiB.
+    """
+    if metadata is None:
+        return None
+    encoded = encode_payload(metadata, max_size=MAX_METADATA_SIZE)
+    if encoded.attachments:
+        raise InvalidMessage("metadata cannot hold bytes")
+    return encoded.text
+
+
+def check_user(user_id: object) -> str | None:
+    """Return *user_id* if it can be one: a text of 1 to 1000 characters, or None.
+
+    Raises:
+        InvalidChannel: if not.
+    """
+    if user_id is None:
+        return None
+    if not isinstance(user_id, str) or not 1 <= len(user_id) <= 1000 or "\0" in user_id:
+        raise InvalidChannel(user_id, "a user's id must be a str of 1 to 1000 characters")
+    try:
+        user_id.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidChannel(user_id, "a user's id must not hold a lone surrogate") from error
+    return user_id
 
 
 def _check_known(position: Position | None, head: Head) -> None:
@@ -261,93 +576,3 @@ def _check_known(position: Position | None, head: Head) -> None:
         return
     if position.epoch != head.epoch or position.id > head.id:
         raise UnknownPosition(position)
-
-
-class _Node:
-    """What a layer has while it is open."""
-
-    def __init__(self, settings: Settings) -> None:
-        id = uuid4()
-        self.loop = asyncio.get_running_loop()
-        self._tasks: list[asyncio.Task[None]] = []
-        self.streams: set[Stream] = set()
-        self.store = Store(settings)
-        # Not by way of listen_url: when that is dead, polling must go on.
-        self.hub = Hub(
-            settings,
-            Session(settings, "hub", dsn=settings.dsn),
-            self.store,
-            on_rewritten=self._end_streams_after,
-        )
-        sequencing = Session(settings, "sequencer")
-        self._sequencer = Sequencer(
-            settings,
-            sequencing,
-            Lease(sequencing, "sequencer", id, settings.lease_time),
-            sealed=self.hub.reached,
-        )
-        pruning = Session(settings, "pruner")
-        # It works only now and then, and keeps the lease in between.
-        pruning_time = max(settings.lease_time, 2 * settings.prune_interval)
-        self._pruner = Pruner(settings, pruning, Lease(pruning, "pruner", id, pruning_time))
-        self.publisher = Publisher(self.store, self._sequencer.wake)
-        self.listener = Listener(
-            settings,
-            self.store,
-            on_hint=self.hub.hint,
-            on_connected=self.hub.connected,
-            on_disconnected=self.hub.disconnected,
-        )
-
-    async def start(self) -> None:
-        try:
-            await self.store.open()
-            await self.hub.open()
-            await self._sequencer.open()
-        except BaseException:
-            await self.stop()
-            raise
-        for name, run in (
-            ("listener", self.listener.run),
-            ("hub", self.hub.run),
-            ("sequencer", self._sequencer.run),
-            ("pruner", self._pruner.run),
-        ):
-            self._tasks.append(
-                asyncio.create_task(_supervise(name, run), name=f"pgchannels {name}")
-            )
-
-    async def stop(self) -> None:
-        self.hub.refuse()
-        # Publishers first: what they have committed, any node will sequence.
-        await self.publisher.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for stream in list(self.streams):
-            stream.close(ChannelLayerClosed("the channel layer has been closed"))
-        await asyncio.gather(self._sequencer.close(), self._pruner.close())
-        await self.store.close()
-        await self.hub.close()
-
-    def _end_streams_after(self, reached: Position) -> None:
-        for stream in list(self.streams):
-            stream.close(UnknownPosition(reached))
-
-    def wake(self) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self._sequencer.wake)
-        except RuntimeError:
-            logger.debug("the event loop is closed; another node will sequence")
-
-
-async def _supervise(name: str, run: Callable[[], Awaitable[None]]) -> None:
-    """Run a service for ever. What it does not handle itself is logged, and it is started again."""
-    backoff = Backoff(base=0.5, cap=30.0)
-    while True:
-        try:
-            await run()
-        except Exception:
-            delay = backoff.next()
-            logger.exception("the %s failed; it is started again in %.1f s", name, delay)
-            await asyncio.sleep(delay)

@@ -1,4 +1,4 @@
-"""Messages, positions, channel names: what crosses every boundary here. Pure: no I/O, no clock.
+"""Messages and positions: what crosses every boundary here. Pure: no I/O, no clock.
 
 A payload travels as the text of a JSON object. It is encoded once, by its publisher, checked here
 before anything is written, and from then on passed through: :attr:`Message.envelope` splices that
@@ -7,104 +7,32 @@ text into what a socket gets, and only a reader that looks inside pays for parsi
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from enum import Enum
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import orjson
 
-from pgchannels.errors import (
-    InvalidChannel,
-    InvalidMessage,
-    InvalidPayload,
-    InvalidPosition,
-    MessageTooLarge,
-)
+from pgchannels.channels import DIRECT
+from pgchannels.errors import InvalidMessage, InvalidPayload, InvalidPosition
+from pgchannels.payloads import DEFAULT, Serializer, attach
 
-__all__ = [
-    "BEGINNING",
-    "MAX_CHANNEL_LENGTH",
-    "Message",
-    "Position",
-    "check_channel",
-    "check_ttl",
-    "encode_payload",
-]
+__all__ = ["BEGINNING", "Message", "Position", "check_ttl"]
 
-MAX_CHANNEL_LENGTH = 200
-
-# White space, control and invisible formatting characters, and the wildcards of MQTT. The SQL
-# function is_channel() has the same class; a test compares the two over all code points.
-_FORBIDDEN = re.compile(
-    r"[\u0000-\u0020\u007f-\u00a0\u00ad\u061c\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f"
-    r"\u3000\ud800-\udfff\ufeff\ufff9-\uffff\U000e0000-\U000e0fff+#*]"
-)
 _POSITION = re.compile(r"([1-9][0-9]{0,8})-(0|[1-9][0-9]{0,18})", re.ASCII)
 _MAX_ID = 2**63 - 1
 _MAX_TTL = timedelta(days=36525)
 
-
-def check_channel(channel: object) -> str:
-    """Return *channel* if it is a valid name.
-
-    1 to 200 characters; no white space, no control or invisible formatting characters, none of
-    ``+ # *`` (they are wildcards in topic filters).
-
-    Raises:
-        InvalidChannel: if it is not.
-    """
-    if not isinstance(channel, str):
-        several = isinstance(channel, (list, tuple, set))
-        hint = "; give several channels as several arguments" if several else ""
-        raise InvalidChannel(channel, f"it must be a str{hint}")
-    if not 1 <= len(channel) <= MAX_CHANNEL_LENGTH:
-        raise InvalidChannel(channel, f"it must have 1 to {MAX_CHANNEL_LENGTH} characters")
-    if match := _FORBIDDEN.search(channel):
-        raise InvalidChannel(channel, f"it must not contain {match.group()!a}")
-    return channel
-
-
-def encode_payload(payload: object, *, max_size: int) -> str:
-    """Encode a mapping with string keys as the text of a JSON object.
-
-    Args:
-        payload: a ``dict`` (or another mapping) of what `orjson
-            <https://github.com/ijl/orjson#types>`_ encodes: besides the JSON types, dataclasses,
-            ``datetime``, ``date``, ``time``, ``UUID`` and enums.
-        max_size: bytes of UTF-8 that the text may have.
-
-    Raises:
-        InvalidPayload: not a mapping, a value that JSON lacks (NaN and the infinities too), a key
-            that is no string, a lone surrogate, an integer beyond 64 bits.
-        MessageTooLarge: more than *max_size* bytes.
-    """
-    if not isinstance(payload, dict):
-        if not isinstance(payload, Mapping):
-            hint = "; of a pydantic model, pass model_dump()" if _is_model(payload) else ""
-            raise InvalidPayload(
-                f"the payload must be a mapping, to become a JSON object, not "
-                f"{type(payload).__name__}{hint}"
-            )
-        payload = dict(payload)
-    try:
-        encoded = orjson.dumps(payload)
-    except orjson.JSONEncodeError as error:
-        raise InvalidPayload(f"the payload cannot be encoded as JSON: {error}") from error
-    # orjson writes NaN and the infinities as null. A quiet change of what was sent is worse than a
-    # refusal, and only a payload with a null in its text can hide one.
-    if b"null" in encoded and _has_nonfinite(payload):
-        raise InvalidPayload("the payload holds NaN or an infinity, which JSON cannot express")
-    if len(encoded) > max_size:
-        raise MessageTooLarge(len(encoded), max_size)
-    return encoded.decode()
-
-
-def _is_model(value: object) -> bool:
-    return hasattr(value, "model_dump")
+# Headers of our own: which channel does not get the message, which alone do (JSON), where the
+# attachments belong (JSON), and that it is a frame to be unwrapped.
+OWN_HEADERS = "pgchannels-"
+EXCEPT = OWN_HEADERS + "except"
+ONLY = OWN_HEADERS + "only"
+ATTACHMENTS = OWN_HEADERS + "attachments"
+FRAME = OWN_HEADERS + "frame"
 
 
 def check_ttl(ttl: float | timedelta | None) -> timedelta | None:
@@ -122,24 +50,6 @@ def check_ttl(ttl: float | timedelta | None) -> timedelta | None:
         if rounded:  # to microseconds, as PostgreSQL counts
             return rounded
     raise InvalidMessage(f"invalid ttl {ttl!r}: expected seconds, more than 0, at most 100 years")
-
-
-def _has_nonfinite(value: object) -> bool:
-    if isinstance(value, float):
-        return not math.isfinite(value)
-    if isinstance(value, dict):
-        return any(map(_has_nonfinite, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_nonfinite, value))
-    if isinstance(value, Enum):
-        return _has_nonfinite(value.value)
-    if is_dataclass(value):
-        # As orjson does: attributes that are no fields too, but none with a leading underscore.
-        names = {field.name for field in fields(value)}.union(getattr(value, "__dict__", ()))
-        return any(
-            _has_nonfinite(getattr(value, name, None)) for name in names if not name.startswith("_")
-        )
-    return False
 
 
 class Position(NamedTuple):
@@ -176,14 +86,36 @@ class Position(NamedTuple):
 BEGINNING = Position(0, 0)
 
 
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
 class Message(Mapping[str, Any]):
     """One message of the log: a read-only mapping over its payload.
 
     ``message["text"]`` is the payload's; ``message.id`` and the other attributes are its own.
     Compares and hashes by identity in the log (:attr:`position`), never by content.
+
+    An *ephemeral* message is in no log. Its id and position are those of the last message before
+    it, so that resuming after it is right, and it equals nothing but itself.
     """
 
-    __slots__ = ("_data", "_envelope", "channel", "created_at", "epoch", "id", "payload", "size")
+    __slots__ = (
+        "_attachments",
+        "_data",
+        "_envelope",
+        "_headers",
+        "_headers_text",
+        "_recipients",
+        "_serializer",
+        "channel",
+        "created_at",
+        "ephemeral",
+        "epoch",
+        "id",
+        "is_plain",
+        "payload",
+        "size",
+    )
 
     def __init__(
         self,
@@ -193,17 +125,30 @@ class Message(Mapping[str, Any]):
         created_at: datetime,
         size: int,
         epoch: int,
+        headers: str | None = None,
+        attachments: Sequence[bytes] | None = None,
+        *,
+        serializer: Serializer = DEFAULT,
+        ephemeral: bool = False,
     ) -> None:
         self.id = id
         """Its place in the log: 1, 2, 3 … without holes."""
         self.channel = channel
         self.payload = payload
-        """The text of a JSON object, to the letter as published."""
+        """The text of a JSON object, to the letter as published; null where bytes belong."""
         self.created_at = created_at
         """When it was published, by the database's clock; with time zone."""
         self.size = size
         """Bytes of UTF-8 in :attr:`payload`."""
         self.epoch = epoch
+        self.ephemeral = ephemeral
+        self.is_plain = headers is None and not ephemeral and channel != DIRECT
+        """For whoever reads its channel, like most: nothing needs to be looked at."""
+        self._headers_text = headers
+        self._attachments = attachments
+        self._serializer = serializer
+        self._headers: Mapping[str, str] | None = None
+        self._recipients: frozenset[str] | None = None
         self._data: dict[str, Any] | None = None
         self._envelope: str | None = None
 
@@ -217,31 +162,111 @@ class Message(Mapping[str, Any]):
         """The payload, parsed on first use and then shared: do not change it.
 
         Raises:
-            InvalidPayload: if the text is valid for PostgreSQL but not for orjson (nested deeper
-                than 1024 levels, a number such as 1e999); only SQL can have published it.
+            InvalidPayload: if the text is valid for PostgreSQL but cannot be parsed here (nested
+                deeper than 1024 levels, a number such as 1e999); only SQL can have published it.
         """
         data = self._data
         if data is None:
             try:
-                data = self._data = orjson.loads(self.payload)
-            except orjson.JSONDecodeError as error:
+                data = self._serializer.loads(self.payload)
+            except (ValueError, RecursionError) as error:
                 raise InvalidPayload(f"message {self.id} cannot be parsed: {error}") from error
+            if self._attachments:
+                attach(data, self.pointers, self._attachments)
+            self._data = data
         return data
+
+    @property
+    def type(self) -> str | None:
+        """The payload's ``"type"``, if that is a string. Parses the payload."""
+        value = self.data.get("type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What the publisher gave as ``headers=``; sockets do not get them.
+
+        Names that begin with ``pgchannels-`` are the library's own.
+        """
+        if self._headers_text is None:
+            return _NO_HEADERS
+        if self._headers is None:
+            try:
+                parsed = orjson.loads(self._headers_text)
+            except orjson.JSONDecodeError:  # only SQL can have published it: a number such as 1e999
+                parsed = None
+            known = parsed.items() if isinstance(parsed, dict) else ()
+            self._headers = {name: value for name, value in known if isinstance(value, str)}
+        return self._headers
+
+    @property
+    def attachments(self) -> Sequence[bytes]:
+        """The bytes that were in the payload, in the order of :attr:`pointers`."""
+        return self._attachments or ()
+
+    @property
+    def pointers(self) -> Sequence[str]:
+        """Where in the payload each attachment belongs: JSON pointers (RFC 6901)."""
+        return _texts(self.headers.get(ATTACHMENTS)) or ()
+
+    @property
+    def recipients(self) -> frozenset[str] | None:
+        """The channels that it was sent to, one stored message for all; None: whoever reads."""
+        if self.is_plain or ONLY not in self.headers:
+            return frozenset() if self.channel == DIRECT else None
+        if self._recipients is None:
+            self._recipients = frozenset(_texts(self.headers[ONLY]) or ())
+        return self._recipients
+
+    def is_for(self, member: str | None) -> bool:
+        """Whether a reader gets it that reads for the channel *member*, or for none."""
+        if self.is_plain:
+            return True
+        recipients = self.recipients
+        if recipients is not None and member not in recipients:
+            return False
+        return member is None or self.headers.get(EXCEPT) != member
 
     @property
     def envelope(self) -> str:
         """What a socket gets: ``{"id", "position", "channel", "created_at", "data"}`` as JSON.
 
         Made once, however many sockets it goes to; the payload's text is not parsed for it.
+        Attachments come as ``"attachments"``, an object of base64 by JSON pointer. An ephemeral
+        message has no id and no position, but ``"ephemeral": true``.
         """
         if self._envelope is None:
             created_at = self.created_at.astimezone(UTC).isoformat(timespec="microseconds")
+            place = (
+                '"ephemeral":true'
+                if self.ephemeral
+                else f'"id":{self.id},"position":"{self.epoch}-{self.id}"'
+            )
+            encoded = (b64encode(content).decode() for content in self.attachments)
+            attachments = (
+                f',"attachments":{orjson.dumps(dict(zip(self.pointers, encoded, strict=False))).decode()}'
+                if self._attachments
+                else ""
+            )
             self._envelope = (
-                f'{{"id":{self.id},"position":"{self.epoch}-{self.id}",'
-                f'"channel":{orjson.dumps(self.channel).decode()},'
-                f'"created_at":"{created_at}","data":{self.payload}}}'
+                f'{{{place},"channel":{orjson.dumps(self.channel).decode()},'
+                f'"created_at":"{created_at}","data":{self.payload}{attachments}}}'
             )
         return self._envelope
+
+    def to_dict(self) -> dict[str, Any]:
+        """The envelope as a dictionary, with bytes in their places in ``"data"``."""
+        place = (
+            {"ephemeral": True}
+            if self.ephemeral
+            else {"id": self.id, "position": str(self.position)}
+        )
+        return {
+            **place,
+            "channel": self.channel,
+            "created_at": self.created_at.astimezone(UTC).isoformat(timespec="microseconds"),
+            "data": self.data,
+        }
 
     def __getitem__(self, key: str) -> Any:
         return self.data[key]
@@ -253,7 +278,9 @@ class Message(Mapping[str, Any]):
         return len(self.data)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Message) and self.id == other.id and self.epoch == other.epoch
+        if not isinstance(other, Message) or self.ephemeral or other.ephemeral:
+            return self is other
+        return self.id == other.id and self.epoch == other.epoch
 
     def __hash__(self) -> int:
         return hash((self.epoch, self.id))
@@ -261,3 +288,14 @@ class Message(Mapping[str, Any]):
     def __repr__(self) -> str:
         payload = self.payload if len(self.payload) <= 80 else self.payload[:77] + "..."
         return f"<Message {self.position} {self.channel!r} {payload}>"
+
+
+def _texts(header: str | None) -> list[str] | None:
+    """A header's value that is a list of texts, as JSON."""
+    if header is None:
+        return None
+    try:
+        values = orjson.loads(header)
+    except orjson.JSONDecodeError:
+        return []
+    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []

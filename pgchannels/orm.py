@@ -17,10 +17,14 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
     ARRAY,
+    ColumnElement,
     Insert,
+    Integer,
     Interval,
+    LargeBinary,
     Text,
     bindparam,
+    case,
     cast,
     column,
     event,
@@ -38,15 +42,17 @@ from sqlalchemy.orm import (
     sessionmaker,
 )
 
+from pgchannels.channels import check_channel
 from pgchannels.errors import ConfigurationError
-from pgchannels.messages import check_channel, check_ttl, encode_payload
+from pgchannels.layer import ChannelLayer, outgoing
+from pgchannels.payloads import DEFAULT
+from pgchannels.records import Outgoing, flatten
 from pgchannels.schema import EncodedJSON, outbox
 from pgchannels.settings import Settings
+from pgchannels.transactions import check_transaction
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
-
-    from pgchannels.layer import PostgresLayer
+    from collections.abc import Mapping
 
 __all__ = ["install", "publish"]
 
@@ -69,7 +75,7 @@ _PUBLISHED = "pgchannels.published"
 
 class _Installed(NamedTuple):
     settings: Settings
-    layer: PostgresLayer | None
+    layer: ChannelLayer | None
 
 
 _installed: WeakKeyDictionary[type[Session], _Installed] = WeakKeyDictionary()
@@ -78,14 +84,12 @@ _installed: WeakKeyDictionary[type[Session], _Installed] = WeakKeyDictionary()
 class Entry:
     """What waits in a session for its flush. Mapped, so that the unit of work keeps it."""
 
-    def __init__(self, channel: str, payload: str, ttl: timedelta | None) -> None:
-        self.channel = channel
-        self.payload = payload
-        self.ttl = ttl
+    def __init__(self, message: Outgoing) -> None:
+        self.message = message
 
 
 def install(
-    target: Target, layer: PostgresLayer | None = None, *, settings: Settings | None = None
+    target: Target, layer: ChannelLayer | None = None, *, settings: Settings | None = None
 ) -> None:
     """Make the sessions of *target* able to publish. Doing it again replaces *layer*.
 
@@ -118,6 +122,7 @@ def publish(
     payload: Any,
     *,
     ttl: float | timedelta | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> None:
     """Publish *payload* on *channel* if, and only if, the session's transaction commits.
 
@@ -126,9 +131,10 @@ def publish(
 
     Args:
         session: of a target that was given to :func:`install`.
-        channel: see :func:`pgchannels.messages.check_channel`.
-        payload: see :func:`pgchannels.messages.encode_payload`.
-        ttl: how long the message can be read, in seconds; by default as long as it is retained.
+        channel: see :func:`pgchannels.channels.check_channel`.
+        payload: see :func:`pgchannels.payloads.encode_payload`.
+        ttl: how long the message can be read, in seconds; ``default_ttl`` if None.
+        headers: texts by name, as in :meth:`pgchannels.ChannelLayer.send`.
 
     Raises:
         InvalidMessage: for a bad channel, payload or ttl.
@@ -142,10 +148,17 @@ def publish(
     if _CHECKED not in sync_session.info:
         _check_bind(sync_session, entry_class)
         sync_session.info[_CHECKED] = True
+    layer = installed.layer
+    serializer = DEFAULT if layer is None else layer.serializer
     entry = entry_class(
-        check_channel(channel),
-        encode_payload(payload, max_size=installed.settings.max_message_size),
-        check_ttl(ttl),
+        outgoing(
+            check_channel(channel),
+            payload,
+            installed.settings,
+            serializer,
+            ttl=ttl,
+            headers=headers,
+        )
     )
     if sync_session._flushing:  # noqa: SLF001 - what Session.add() itself asks, to warn
         # From an event inside a flush, where nothing may be added any more. What was published
@@ -210,32 +223,50 @@ def _installation(session: Session) -> _Installed:
 def _entry_class(schema: str) -> type[Entry]:
     mapped = type("Entry", (Entry,), {})
     table = outbox(schema)
-    registry().map_imperatively(
-        mapped, table, include_properties=[table.c.id, table.c.channel, table.c.payload]
-    )
+    registry().map_imperatively(mapped, table, include_properties=[table.c.id])
     return mapped
 
 
 @cache
-def _insert_statement(schema: str) -> Insert:
-    """One insert for any number of messages, in their order; the twin of the store's ``insert``."""
+def _insert_statement(schema: str, *, plain: bool) -> Insert:
+    """One insert for any number of messages, in their order; the twin of the store's.
+
+    A plain one, without headers and attachments, needs no right to write these.
+    """
     entries = (
         func.unnest(
             bindparam("channels", type_=ARRAY(Text)),
             bindparam("payloads", type_=ARRAY(Text)),
             bindparam("ttls", type_=ARRAY(Interval)),
+            bindparam("headers", type_=ARRAY(Text)),
+            bindparam("firsts", type_=ARRAY(Integer)),
+            bindparam("lasts", type_=ARRAY(Integer)),
         )
-        .table_valued(column("channel", Text), column("payload", Text), column("ttl", Interval))
+        .table_valued(
+            column("channel", Text),
+            column("payload", Text),
+            column("ttl", Interval),
+            column("headers", Text),
+            column("first", Integer),
+            column("last", Integer),
+        )
         .render_derived()
     )
-    return insert(outbox(schema)).from_select(
-        ["channel", "payload", "expires_at"],
-        select(
-            entries.c.channel,
-            cast(entries.c.payload, EncodedJSON),
-            func.clock_timestamp() + entries.c.ttl,
-        ),
-    )
+    values: dict[str, ColumnElement[Any]] = {
+        "channel": entries.c.channel,
+        "payload": cast(entries.c.payload, EncodedJSON),
+        "expires_at": func.clock_timestamp() + entries.c.ttl,
+    }
+    if not plain:
+        attachments = bindparam("attachments", type_=ARRAY(LargeBinary))
+        values["headers"] = cast(entries.c.headers, EncodedJSON)
+        values["attachments"] = case(
+            (
+                entries.c.last >= entries.c.first,
+                cast(attachments, ARRAY(LargeBinary))[entries.c.first : entries.c.last],
+            )
+        )
+    return insert(outbox(schema)).from_select(list(values), select(*values.values()))
 
 
 def _check_bind(session: Session, entry_class: type[Entry]) -> None:
@@ -261,29 +292,25 @@ def _insert(session: Session, *more: Entry) -> None:
     installed = _installation(session)
     schema = installed.settings.schema_name
     connection = session.connection(bind_arguments={"mapper": _entry_class(schema)})
-    _check_transaction(connection)
-    connection.execute(
-        _insert_statement(schema),
-        {
-            "channels": [entry.channel for entry in entries],
-            "payloads": [entry.payload for entry in entries],
-            "ttls": [entry.ttl for entry in entries],
-        },
-    )
+    check_transaction(connection)
+    messages = [entry.message for entry in entries]
+    plain = not any(message.headers or message.attachments for message in messages)
+    firsts, lasts, attachments = flatten(messages)
+    parameters = {
+        "channels": [message.channel for message in messages],
+        "payloads": [message.payload for message in messages],
+        "ttls": [message.ttl for message in messages],
+        "headers": [message.headers for message in messages],
+        "firsts": firsts,
+        "lasts": lasts,
+    }
+    if not plain:
+        parameters["attachments"] = attachments
+    connection.execute(_insert_statement(schema, plain=plain), parameters)
     # Only now: had the insert failed, they would have to wait on, as the session's objects do.
     for entry in pending:
         session.expunge(entry)
     session.info[_PUBLISHED] = True
-
-
-def _check_transaction(connection: Connection) -> None:
-    driver_connection = connection.connection.dbapi_connection
-    assert driver_connection is not None
-    if connection.dialect.detect_autocommit_setting(driver_connection):
-        raise ConfigurationError(
-            "this session's connection is in AUTOCOMMIT: its messages could not commit together "
-            "with its data. Use an engine without isolation_level='AUTOCOMMIT'"
-        )
 
 
 def _before_flush(session: Session, *_: object) -> None:

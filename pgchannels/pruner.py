@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from pgchannels.errors import DatabaseError, DatabaseUnavailable
@@ -26,6 +27,8 @@ __all__ = ["PruneReport", "Pruner"]
 
 logger = logging.getLogger("pgchannels.pruner")
 
+# How long a channel is remembered at least that nobody receives from any more.
+_IDLE_TIME = timedelta(days=1)
 # Rows that one transaction deletes.
 _CHUNK = 5000
 # How much longer than the retention a message may stay on disk, waiting for its partition.
@@ -48,6 +51,12 @@ class PruneReport:
     expired_deleted: int = 0
     """Past their own time to live."""
     batches_deleted: int = 0
+    keys_deleted: int = 0
+    """Idempotency keys past their lifetime."""
+    memberships_ended: int = 0
+    """Of ordinary channels that were not used for long."""
+    receivers_deleted: int = 0
+    """What was remembered of channels that nobody receives from any more."""
     stragglers: int = 0
     """Rows of the outbox that no batch would have taken; there must be none. Published anew."""
     problems: list[str] = field(default_factory=list)
@@ -67,6 +76,11 @@ class Pruner:
         self._settings = settings
         self._session = session
         self._lease = lease
+
+    @property
+    def _group_expiry(self) -> timedelta | None:
+        expiry = self._settings.group_expiry
+        return timedelta(seconds=expiry) if expiry else None
 
     async def run(self) -> None:
         while True:
@@ -115,6 +129,12 @@ class Pruner:
             report.messages_deleted = await self._value("count_aged", overdue, dropped_to)
             report.expired_deleted = await self._value("count_expired", gone)
             report.batches_deleted = await self._value("count_batches", overdue)
+            report.keys_deleted = await self._value("count_expired_keys")
+            if self._group_expiry is not None:
+                report.memberships_ended = await self._value(
+                    "count_stale_memberships", self._group_expiry
+                )
+            report.receivers_deleted = await self._value("count_stale_receivers", _IDLE_TIME)
             return
         # Before anything goes: whoever still has it to read must be told that it has gone.
         await self._session.fetch("raise_floor", floor)
@@ -126,6 +146,13 @@ class Pruner:
         report.expired_deleted = await self._in_chunks("delete_expired")
         # Not up to the floor: when a batch was sealed says when its messages will be overdue.
         report.batches_deleted = await self._in_chunks("delete_batches", overdue)
+        report.keys_deleted = await self._in_chunks("delete_expired_keys")
+        if self._group_expiry is not None:
+            report.memberships_ended = await self._in_chunks(
+                "end_stale_memberships", self._group_expiry
+            )
+        report.receivers_deleted = await self._in_chunks("delete_stale_receivers", _IDLE_TIME)
+        await self._in_chunks("delete_old_claims")
 
     async def _drop(
         self, name: str, report: PruneReport, *, attached: bool, detaching: bool = False

@@ -1,123 +1,98 @@
-"""Inserts into the outbox. What is published while an insert is under way goes into the next one.
-
-So one publisher alone waits for nothing, and a thousand at once share a transaction: the batch
-grows with the time that a commit takes, and no delay is ever added.
-"""
+"""Inserts into the outbox what is published in this process, and ephemeral messages beside it."""
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
 
-from pgchannels.errors import ChannelLayerClosed, DatabaseError, DatabaseUnavailable
-from pgchannels.store import Outgoing
+from pgchannels.coalesce import Coalescer
+from pgchannels.errors import ChannelFull
+from pgchannels.records import Outgoing, Receipt
 
 if TYPE_CHECKING:
+    from pgchannels.settings import Settings
     from pgchannels.store import Store
 
 __all__ = ["Publisher"]
 
 _MAX_MESSAGES = 2000
 _MAX_CHARACTERS = 8 * 1024 * 1024
-# Seconds that close() leaves for what is under way.
-_CLOSING_TIME = 5.0
-
-
-class _Waiting(NamedTuple):
-    message: Outgoing
-    done: asyncio.Future[None]
+# Ephemeral messages that wait for one statement; those of a whole node take turns in it.
+_MAX_EPHEMERAL = 500
 
 
 class Publisher:
     """Coalesces the publishing of one process.
 
     Args:
+        settings: how many messages may wait in a channel, how long keys are remembered.
         store: where to.
         published: called after each commit; must not raise.
     """
 
-    def __init__(self, store: Store, published: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, store: Store, published: Callable[[], None]) -> None:
+        self._settings = settings
         self._store = store
         self._published = published
-        self._waiting: deque[_Waiting] = deque()
-        self._task: asyncio.Task[None] | None = None
-        self._closed = False
+        self._stored = Coalescer[Outgoing, Receipt | ChannelFull](
+            self._insert, max_items=_MAX_MESSAGES, max_size=_MAX_CHARACTERS, size=_size
+        )
+        self._ephemeral = Coalescer[Outgoing, None](
+            self._insert_ephemeral, max_items=_MAX_EPHEMERAL, max_size=_MAX_CHARACTERS, size=_size
+        )
 
-    async def publish(self, message: Outgoing) -> None:
-        """Return when *message* is committed.
-
-        Cancelled before its insert began, it is not published; after that, it may be.
+    async def publish(self, message: Outgoing) -> Receipt:
+        """Return when *message* is committed; see :meth:`Coalescer.submit`.
 
         Raises:
-            DatabaseUnavailable: the connection broke; the message may or may not be published.
-            DatabaseError: PostgreSQL refused this very message.
+            ChannelFull: as many messages wait in its channel as may.
         """
-        if self._closed:
-            raise ChannelLayerClosed
-        done = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(message, done))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._flush())
-        await done
+        result = await self._stored.submit(message)
+        if isinstance(result, ChannelFull):
+            raise result
+        return result
+
+    async def publish_ephemeral(self, message: Outgoing) -> None:
+        """Return when *message* is on its way."""
+        await self._ephemeral.submit(message)
 
     async def close(self) -> None:
         """Publish what is waiting, within a few seconds, and refuse more."""
-        self._closed = True
-        if self._task is not None:
-            _, late = await asyncio.wait([self._task], timeout=_CLOSING_TIME)
-            for task in late:
-                task.cancel()
-                await asyncio.wait([task])
+        await self._ephemeral.close()
+        await self._stored.close()
 
-    async def _flush(self) -> None:
-        while batch := self._next_batch():
-            try:
-                await self._insert(batch)
-            except BaseException as error:
-                # Failed in an unforeseen way, or cancelled because the loop shuts down: whoever
-                # waits must learn of it.
-                interrupted = DatabaseUnavailable(f"publishing was interrupted: {error!r}")
-                interrupted.__cause__ = error
-                _settle(batch, interrupted)
-                if not isinstance(error, Exception):
-                    _settle(self._waiting, interrupted)
-                    self._waiting.clear()
-                    raise
-
-    def _next_batch(self) -> list[_Waiting]:
-        batch: list[_Waiting] = []
-        size = 0
-        while self._waiting and len(batch) < _MAX_MESSAGES and size < _MAX_CHARACTERS:
-            waiting = self._waiting.popleft()
-            if not waiting.done.cancelled():
-                batch.append(waiting)
-                size += len(waiting.message.payload)
-        return batch
-
-    async def _insert(self, batch: Sequence[_Waiting]) -> None:
-        try:
-            await self._store.insert([waiting.message for waiting in batch])
-        except DatabaseUnavailable as error:
-            _settle(batch, error)
-        except DatabaseError as error:
-            if len(batch) == 1:
-                _settle(batch, error)
-            else:
-                # One of them was refused, and with it all: find out which.
-                for waiting in batch:
-                    await self._insert([waiting])
+    async def _insert(self, messages: Sequence[Outgoing]) -> Sequence[Receipt | ChannelFull]:
+        capacity = self._settings.capacity
+        if capacity is None and all(map(_is_plain, messages)):
+            created = await self._store.insert(messages)
+            results: list[Receipt | ChannelFull] = [Receipt(at) for at in created]
         else:
-            self._published()
-            _settle(batch, None)
+            rows = await self._store.insert_checked(messages)
+            results = [
+                _result(message, *row, capacity)
+                for message, row in zip(messages, rows, strict=True)
+            ]
+        self._published()
+        return results
+
+    async def _insert_ephemeral(self, messages: Sequence[Outgoing]) -> Sequence[None]:
+        await self._store.insert_ephemeral(messages)
+        return [None] * len(messages)
 
 
-def _settle(batch: Iterable[_Waiting], error: DatabaseError | None) -> None:
-    for waiting in batch:
-        if waiting.done.done():
-            continue  # cancelled while the insert was under way
-        if error is None:
-            waiting.done.set_result(None)
-        else:
-            waiting.done.set_exception(error)
+def _size(message: Outgoing) -> int:
+    return len(message.payload) + sum(map(len, message.attachments))
+
+
+def _is_plain(message: Outgoing) -> bool:
+    return message.key is None and not message.attachments
+
+
+def _result(
+    message: Outgoing, created_at: datetime | None, fresh: bool, capacity: int | None
+) -> Receipt | ChannelFull:
+    if created_at is None:
+        assert capacity is not None
+        return ChannelFull(message.channel, capacity)
+    return Receipt(created_at, repeated=not fresh)

@@ -1,4 +1,4 @@
-"""The outbox as SQLAlchemy sees it, and which revision of the schema this code works on.
+"""Tables as SQLAlchemy sees them, and which revision of the schema this code works on.
 
 The migrations make the tables; a test compares what stands here with a migrated database.
 """
@@ -8,7 +8,19 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, DateTime, Identity, MetaData, Table, Text
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Column,
+    DateTime,
+    Identity,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    Uuid,
+)
 from sqlalchemy.types import UserDefinedType
 
 from pgchannels.errors import SchemaError
@@ -19,6 +31,7 @@ __all__ = [
     "VERSION_TABLE",
     "EncodedJSON",
     "check_revision",
+    "followers",
     "outbox",
 ]
 
@@ -64,4 +77,20 @@ def outbox(schema: str) -> Table:
         Column("channel", Text, nullable=False),
         Column("payload", EncodedJSON, nullable=False),
         Column("expires_at", DateTime(timezone=True)),
+        Column("headers", EncodedJSON),
+        Column("attachments", ARRAY(LargeBinary)),
+    )
+
+
+@cache
+def followers(schema: str) -> Table:
+    """The positions of durable readers in *schema*, with the columns that an ack concerns."""
+    return Table(
+        "followers",
+        MetaData(schema=schema),
+        Column("name", Text, primary_key=True),
+        Column("position", BigInteger, nullable=False),
+        Column("epoch", Integer, nullable=False),
+        Column("holder", Uuid),
+        Column("moved_at", DateTime(timezone=True), nullable=False),
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import UUID
 
 import asyncpg
 
@@ -19,7 +20,9 @@ from pgchannels.errors import (
     ConfigurationError,
     DatabaseError,
 )
-from pgchannels.messages import Message
+from pgchannels.messages import Message, Position
+from pgchannels.payloads import DEFAULT, Serializer
+from pgchannels.records import Head, LogPage, Outgoing, flatten
 from pgchannels.schema import check_revision
 from pgchannels.sql import load_queries
 
@@ -28,42 +31,10 @@ if TYPE_CHECKING:
 
     from pgchannels.settings import Settings
 
-__all__ = ["Head", "LogPage", "Outgoing", "Partition", "Session", "Store"]
+__all__ = ["Claim", "Partition", "Session", "Store"]
 
 # Seconds that a connection may take to say goodbye.
 _CLOSING_TIME = 2.0
-
-
-class Outgoing(NamedTuple):
-    """A message on its way to the outbox, checked and encoded."""
-
-    channel: str
-    payload: str
-    ttl: timedelta | None = None
-
-
-class Head(NamedTuple):
-    """The end of the log, and its beginning: messages up to *floor* may be gone."""
-
-    id: int
-    epoch: int
-    floor: int
-
-
-class LogPage(NamedTuple):
-    """Messages in order, and the bounds of the log when they were read.
-
-    *full* says that the page ended at its limit, rather than at the end of the log.
-    """
-
-    messages: list[Message]
-    head: Head
-    full: bool
-
-    @property
-    def upto(self) -> int:
-        """The id that an oldest-first page reaches: everything up to it is in."""
-        return self.messages[-1].id if self.full else self.head.id
 
 
 class Partition(NamedTuple):
@@ -75,11 +46,22 @@ class Partition(NamedTuple):
     end_id: int
 
 
+class Claim(NamedTuple):
+    """What a claim gave a channel."""
+
+    is_known: bool
+    """False: the channel has no row yet, so nothing can be claimed."""
+    groups: list[str]
+    """Those that it is a member of."""
+    messages: list[Message]
+
+
 class Queries:
     """What can be asked, whatever it runs on."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, serializer: Serializer = DEFAULT) -> None:
         self._settings = settings
+        self._serializer = serializer
         self._sql = load_queries(settings.schema_name)
         # As an earlier answer has told: ids below this have had their partition since before now.
         self._partitioned_to = 0
@@ -95,10 +77,95 @@ class Queries:
         (row,) = await self.fetch("head")
         return Head(*row)
 
-    async def insert(self, messages: Sequence[Outgoing]) -> None:
-        """Publish, in one transaction and in this order."""
-        channels, payloads, ttls = zip(*messages, strict=True)
-        await self.fetch("insert", channels, payloads, ttls)
+    async def insert(self, messages: Sequence[Outgoing]) -> list[datetime]:
+        """Publish, in one transaction and in this order; return when each was published.
+
+        For messages without attachments and keys.
+        """
+        channels, payloads, ttls, headers, _, _ = zip(*messages, strict=True)
+        rows = await self.fetch("insert", channels, payloads, ttls, headers)
+        return [row[0] for row in rows]
+
+    async def insert_checked(
+        self, messages: Sequence[Outgoing]
+    ) -> list[tuple[datetime | None, bool]]:
+        """Publish what may have attachments and keys, where the channel has room.
+
+        Return for each when it was published, None if there is no room; and whether it is new.
+        """
+        channels, payloads, ttls, headers, _, keys = zip(*messages, strict=True)
+        firsts, lasts, attachments = flatten(messages)
+        settings = self._settings
+        rows = await self.fetch(
+            "insert_checked",
+            *(channels, payloads, ttls, headers, firsts, lasts, attachments, keys),
+            settings.key_lifetime,
+            settings.capacity,
+        )
+        return [(row["created_at"], row["is_new"]) for row in rows]
+
+    async def insert_ephemeral(self, messages: Sequence[Outgoing]) -> None:
+        """Put messages where nodes read them at once, and tell the nodes."""
+        channels, payloads, _, headers, _, _ = zip(*messages, strict=True)
+        firsts, lasts, attachments = flatten(messages)
+        schema = self._settings.schema_name
+        await self.fetch(
+            "insert_ephemeral", channels, payloads, headers, firsts, lasts, attachments, schema
+        )
+
+    async def read_ephemeral(
+        self, first: int, last: int, limit: int, reached: Position
+    ) -> list[tuple[int, Message]]:
+        """The ephemeral messages with these ids, as having come after *reached*."""
+        rows = await self.fetch("read_ephemeral", first, last, limit)
+        return [
+            (
+                row[0],
+                Message(
+                    *(reached.id, *row[1:5], reached.epoch, *row[5:]),
+                    serializer=self._serializer,
+                    ephemeral=True,
+                ),
+            )
+            for row in rows
+        ]
+
+    async def claim(
+        self, wanted: dict[str, int], *, node: UUID, token: int
+    ) -> tuple[dict[str, Claim], bool]:
+        """Take up to so many messages for each channel.
+
+        Args:
+            wanted: how many, by channel.
+            node: who asks.
+            token: the number of this claim; one that was made before gives the same again.
+
+        Returns:
+            what each channel got, and whether it should be asked again, because not all of the log
+            could be looked at.
+        """
+        known = self._partitioned_to
+        while True:
+            rows = await self.fetch(
+                "claim", list(wanted), list(wanted.values()), node, token, known
+            )
+            if not rows or not rows[0]["is_overtaken"]:
+                break
+        claims: dict[str, Claim] = {}
+        head = 0
+        for row in rows:
+            _, head, epoch, partitioned_to, name, is_known, groups, id, *rest = row
+            self._partitioned_to = max(self._partitioned_to, partitioned_to)
+            claim = claims.get(name) or claims.setdefault(name, Claim(is_known, groups, []))
+            if id is not None:
+                channel, payload, created_at, size, headers, attachments = rest
+                claim.messages.append(
+                    Message(
+                        *(id, channel, payload, created_at, size, epoch, headers, attachments),
+                        serializer=self._serializer,
+                    )
+                )
+        return claims, bool(rows) and head >= known
 
     async def seal(self) -> tuple[int, int]:
         """Run one batch and tell the nodes.
@@ -144,7 +211,10 @@ class Queries:
             if head < known:
                 break
         messages = [
-            Message(row[4], row[5], row[6], row[7], row[8], epoch)
+            Message(
+                *(row[4], row[5], row[6], row[7], row[8], epoch, row[9], row[10]),
+                serializer=self._serializer,
+            )
             for row in rows
             if row[4] is not None
         ]
@@ -155,8 +225,8 @@ class Queries:
 class Store(Queries):
     """Queries on a pool of connections."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, serializer: Serializer = DEFAULT) -> None:
+        super().__init__(settings, serializer)
         self._pool: Pool | None = None
 
     async def open(self) -> None:
@@ -231,10 +301,18 @@ class Session(Queries):
         settings: of the layer.
         role: shows in ``pg_stat_activity.application_name``.
         dsn: where to connect; by ``listen_url``, where that is set, if None.
+        serializer: reads the payloads of the messages that it gives.
     """
 
-    def __init__(self, settings: Settings, role: str, *, dsn: str | None = None) -> None:
-        super().__init__(settings)
+    def __init__(
+        self,
+        settings: Settings,
+        role: str,
+        *,
+        dsn: str | None = None,
+        serializer: Serializer = DEFAULT,
+    ) -> None:
+        super().__init__(settings, serializer)
         self._role = role
         self._dsn = dsn
         self._connection: Connection | None = None

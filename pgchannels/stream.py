@@ -7,21 +7,54 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from pgchannels.backoff import Backoff
+from pgchannels.channels import check_channel
 from pgchannels.errors import ChannelLayerClosed, DatabaseUnavailable, UnknownPosition
-from pgchannels.messages import BEGINNING, Message, Position, check_channel
+from pgchannels.messages import BEGINNING, Message, Position
+from pgchannels.records import Head, LogPage
 from pgchannels.subscription import Read, State, Subscription
 
 if TYPE_CHECKING:
-    from pgchannels.hub import Hub
+    from pgchannels.member import Member
     from pgchannels.settings import Settings
-    from pgchannels.store import Store
 
-__all__ = ["Stream"]
+__all__ = ["Source", "Stream", "Subscriber"]
 
 logger = logging.getLogger("pgchannels.stream")
+
+
+class Subscriber(Protocol):
+    """Who can be registered. ``offer`` must return at once and never raise."""
+
+    def offer(self, message: Message) -> None: ...
+
+    def missed(self) -> None:
+        """Retention has removed messages before they could be offered."""
+
+
+class Source(Protocol):
+    """Where streams read: messages above the cursor are offered, the others are in the log."""
+
+    cursor: int
+
+    def check_open(self) -> None:
+        """Raise :class:`ChannelLayerClosed` if nobody may be registered any more."""
+
+    def register(self, channel: str, subscriber: Subscriber) -> None:
+        """From now on, offer the channel's messages above :attr:`cursor`, in order."""
+
+    def unregister(self, channel: str, subscriber: Subscriber) -> None: ...
+
+    async def head(self) -> Head: ...
+
+    async def replay(self, channels: tuple[str, ...], after: int) -> LogPage:
+        """A page of the log: messages of *channels* with ids above *after*, oldest first."""
+
+
+# Ephemeral messages that may wait; more are dropped.
+_MAX_EPHEMERAL = 100
 
 
 class Stream:
@@ -46,20 +79,22 @@ class Stream:
         channels: tuple[str, ...],
         after: Position | str | None,
         *,
-        hub: Hub,
-        store: Store,
+        source: Source,
         settings: Settings,
         streams: set[Stream],
+        member: Member | None = None,
     ) -> None:
         self._initial = tuple(check_channel(channel) for channel in channels)
         self._after = None if after is None else Position.parse(after)
-        self._hub = hub
-        self._store = store
+        self._source = source
         self._streams = streams
+        self._member = member
+        self._name = None if member is None else member.name
         self._subscription = Subscription(
             max_messages=settings.buffer_size, max_bytes=settings.buffer_bytes
         )
         self._wakeup: asyncio.Future[None] | None = None
+        self._ephemeral: list[Message] = []
         self._ready: deque[Message] = deque()
         self._told_truncated = False
         self._entered = False
@@ -88,14 +123,28 @@ class Stream:
     @property
     def pending(self) -> int:
         """Messages held in memory for this stream. Bounded, whatever the consumer does."""
-        return len(self._subscription) + len(self._ready)
+        return len(self._subscription) + len(self._ready) + len(self._ephemeral)
+
+    @property
+    def caught_up(self) -> int | None:
+        """The id up to which there is nothing more to be had from :meth:`batch`, if it is live."""
+        subscription = self._subscription
+        if self._closed or self.state is not State.LIVE:
+            return None
+        return None if subscription.next_read() or len(subscription) else self._source.cursor
 
     async def __aenter__(self) -> Self:
-        self._hub.check_open()
+        self._source.check_open()
         self._entered = True
         self._streams.add(self)
+        member = self._member
         try:
             await self._add(self._initial, self._after)
+            if member is not None:
+                member.streams.add(self)
+                await self._add(tuple(member.inherited), self._after)
+                for group, since in member.groups.items():
+                    self.follow_group(group, since)
         except BaseException:
             self.close()
             raise
@@ -121,7 +170,7 @@ class Stream:
             RuntimeError: outside of ``async with``.
         """
         self._check_entered()
-        if after is None and self.reads(channel):
+        if after is None and self.reads(check_channel(channel)):
             return
         await self._add((check_channel(channel),), None if after is None else Position.parse(after))
 
@@ -131,26 +180,53 @@ class Stream:
 
     def leave(self, channel: str) -> None:
         """Stop reading *channel*. Not an error if it was not read."""
-        self._hub.unregister(channel, self)
+        self._source.unregister(channel, self)
         self._subscription.discard(channel)
         self._ready = deque(message for message in self._ready if message.channel != channel)
+
+    def follow_group(self, channel: str, since: int | None) -> None:
+        """For the member: read *channel* too, after an id, or from now on. At once."""
+        if not self._closed and not self.reads(channel):
+            self._start_reading(channel, since)
+
+    async def resume(self, after: Position | str) -> None:
+        """Read again, after a position, what a member reads without having joined it.
+
+        That is what was sent to its user and to everyone. Only for a stream with a member.
+
+        Raises:
+            InvalidPosition, DatabaseUnavailable: as ``join()``.
+        """
+        self._check_entered()
+        if self._member is None:
+            raise RuntimeError("only a stream that was subscribed with member= can resume")
+        await self._add(tuple(self._member.inherited), Position.parse(after))
 
     def close(self, error: BaseException | None = None) -> None:
         """Let go of everything. A task that waits here gets *error*, or the end."""
         self._closed = True
         self._error = self._error or error
         self._streams.discard(self)
+        if self._member is not None:
+            self._member.streams.discard(self)
         for channel in self._subscription.channels:
-            self._hub.unregister(channel, self)
+            self._source.unregister(channel, self)
         self._wake()
 
     def offer(self, message: Message) -> None:
-        """For the hub: here is a message of one of the channels."""
-        if self._subscription.offer(message):
+        """For the source: here is a message of one of the channels."""
+        if message.is_plain:
+            if self._subscription.offer(message):
+                self._wake()
+        elif message.is_for(self._name) and (
+            self._offer_ephemeral(message)
+            if message.ephemeral
+            else self._subscription.offer(message)
+        ):
             self._wake()
 
     def missed(self) -> None:
-        """For the hub: messages are gone that it had still to offer."""
+        """For the source: messages are gone that it had still to offer."""
         self._subscription.missed()
         self._wake()
 
@@ -175,6 +251,9 @@ class Stream:
             if read is not None:
                 await self._replay(read)
             messages = subscription.take()
+            if self._ephemeral:
+                messages += self._ephemeral
+                self._ephemeral.clear()
             if messages or (subscription.truncated and not self._told_truncated):
                 self._told_truncated = subscription.truncated
                 return messages
@@ -206,15 +285,27 @@ class Stream:
         if self._closed:
             raise ChannelLayerClosed("the stream has been closed")
         for channel in channels:
-            # In this order: nothing may come between what the hub offers and what the log holds.
-            self._hub.register(channel, self)
-            self._subscription.add(channel, start, self._hub.cursor)
+            self._start_reading(channel, start)
+
+    def _start_reading(self, channel: str, after: int | None) -> None:
+        # In this order: nothing may come between what the source offers and what the log holds.
+        self._source.register(channel, self)
+        self._subscription.add(channel, after, self._source.cursor)
         self._wake()
+
+    def _offer_ephemeral(self, message: Message) -> bool:
+        """Take what is for those who are there: live, and not behind."""
+        if self.state is not State.LIVE or len(self._ephemeral) >= _MAX_EPHEMERAL:
+            return False
+        if not self.reads(message.channel):
+            return False
+        self._ephemeral.append(message)
+        return True
 
     async def _start(self, after: Position) -> int:
         if after == BEGINNING:
             return -1
-        head = await self._store.head()
+        head = await self._source.head()
         if after.epoch != head.epoch or after.id > head.id:
             raise UnknownPosition(after)
         return after.id
@@ -223,7 +314,7 @@ class Stream:
         backoff = Backoff()
         while True:
             try:
-                page = await self._hub.replay(read.channels, read.after)
+                page = await self._source.replay(read.channels, read.after)
             except (DatabaseUnavailable, ChannelLayerClosed) as error:
                 if self._closed:
                     return
@@ -233,10 +324,10 @@ class Stream:
             else:
                 self._subscription.page(
                     read,
-                    page.messages,
+                    [message for message in page.messages if message.is_for(self._name)],
                     upto=page.upto,
                     floor=page.head.floor,
-                    hub_cursor=self._hub.cursor,
+                    hub_cursor=self._source.cursor,
                 )
                 return
 

@@ -36,6 +36,7 @@ drop function pgchannels.remove_channels(text[], interval, uuid);
 drop function pgchannels.change_memberships(text[], text[], boolean[], text[], interval, uuid);
 drop function pgchannels.publish_left(json);
 drop function pgchannels.lock_presence(text[]);
+drop function pgchannels.is_for(json, text, boolean);
 drop table pgchannels.ephemeral;
 drop table pgchannels.followers;
 drop table pgchannels.claims;
@@ -46,7 +47,7 @@ drop index pgchannels.memberships_left_at;
 alter table pgchannels.memberships
     drop constraint memberships_presence_is_valid,
     drop column identity, drop column presence, drop column user_id, drop column metadata,
-    drop column joined_at, drop column left_at,
+    drop column joined_at, drop column renewed_at, drop column left_at,
     add column expires_at timestamptz;
 delete from pgchannels.channels;
 drop index pgchannels.channels_node;

@@ -28,6 +28,7 @@ comment on column pgchannels.channels.node is 'whose lease it lives by; null for
 alter table pgchannels.memberships
     drop column expires_at,
     add column joined_at timestamptz not null default clock_timestamp(),
+    add column renewed_at timestamptz not null default clock_timestamp(),
     add column presence text,
     add column user_id text,
     add column metadata json,
@@ -98,6 +99,25 @@ create unlogged table pgchannels.ephemeral (
 );
 
 create index ephemeral_created_at on pgchannels.ephemeral (created_at);
+
+-- Whether a message with these headers is for the receiver: not one that excludes it, and of those
+-- that are sent to several, one that names it.
+create function pgchannels.is_for(headers json, receiver text, named boolean) returns boolean
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    recipients text := headers ->> 'pgchannels-only';
+begin
+    if headers ->> 'pgchannels-except' = receiver then
+        return false;
+    end if;
+    if recipients is null then
+        return not named;
+    end if;
+    return recipients is json array and recipients::jsonb ? receiver;
+end
+$$;
 
 -- What changes who is present in a group goes one after the other, and is told of in that order,
 -- with counts that add up. The log's order within a batch is that of transaction ids, so this must
@@ -174,6 +194,15 @@ begin
     end if;
 
     if true = any (adding) then
+        -- Who is renewed as somebody else leaves as who it was.
+        select json_agg(r) into departed from (
+            select m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata
+              from unnest(groups, names, adding, presences) c(group_name, channel, adding, presence)
+              join pgchannels.memberships m on m.group_name = c.group_name and m.channel = c.channel
+              left join pgchannels.channels k on k.name = c.channel
+             where c.adding and m.left_at is null and m.group_name = any (counted)
+               and m.identity <> case coalesce(c.presence, m.presence)
+                       when 'user' then 'user:' || k.user_id else 'connection:' || c.channel end) r;
         -- A connection's channel that is no more gets no memberships; others need no row.
         with asked as (
             select c.group_name, c.channel, c.presence, k.user_id, k.metadata
@@ -186,7 +215,8 @@ begin
               from asked a cross join pgchannels.bounds b
              order by a.group_name, a.channel
             on conflict (group_name, channel) do update
-                set joined_at = excluded.joined_at,
+                set joined_at = case when m.left_at is null then m.joined_at else excluded.joined_at end,
+                    renewed_at = excluded.renewed_at,
                     since = case when m.left_at is null then m.since else excluded.since end,
                     left_at = null,
                     presence = coalesce(excluded.presence, m.presence),
@@ -214,6 +244,9 @@ begin
           from arrived a
          order by a.group_name, a.identity;
         get diagnostics published = row_count;
+        if departed is not null then
+            published := published + pgchannels.publish_left(departed);
+        end if;
         -- Who has come back is no longer on the way out.
         if counted <> '{}' then
             delete from pgchannels.memberships g
@@ -244,7 +277,7 @@ begin
     end if;
 
     insert into pgchannels.outbox (channel, payload)
-    select 'pgchannels.members', json_build_object('channels', json_agg(k.name))
+    select 'pgchannels:members', json_build_object('channels', json_agg(k.name))
       from (select distinct c.name from unnest(names) c(name)) c
       join pgchannels.channels k on k.name = c.name
      where k.node is distinct from announcer

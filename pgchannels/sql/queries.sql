@@ -11,9 +11,89 @@ select b.head, b.epoch, b.floor from pgchannels.bounds b;
 
 -- name: insert
 -- One insert for however many publishers were waiting; unnest keeps their order.
-insert into pgchannels.outbox (channel, payload, expires_at)
-select m.channel, m.payload::json, clock_timestamp() + m.ttl
-  from unnest($1::text[], $2::text[], $3::interval[]) as m(channel, payload, ttl);
+insert into pgchannels.outbox (channel, payload, expires_at, headers)
+select m.channel, m.payload::json, clock_timestamp() + m.ttl, m.headers::json
+  from unnest($1::text[], $2::text[], $3::interval[], $4::text[]) as m(channel, payload, ttl, headers)
+returning created_at;
+
+-- name: insert_checked
+-- The same for messages with attachments (a slice of $7 each) or idempotency keys, and where
+-- channels have a capacity ($10). A row for each message: when it was published, null if its channel
+-- is full; and whether it is new.
+--
+-- Keys are claimed in their order, so that two of these cannot wait for each other; the second one
+-- of the same key waits for the first to commit, and then sees it. How full a channel is, is as of
+-- the statement's beginning: concurrent publishers may overshoot by what they have under way.
+with given as materialized (
+    select m.*, clock_timestamp() as created_at
+      from unnest($1::text[], $2::text[], $3::interval[], $4::text[], $5::integer[], $6::integer[], $8::text[])
+           with ordinality as m(channel, payload, ttl, headers, first, last, key, place)
+), room as (
+    select c.name,
+           $10::integer - cardinality(c.returned)
+           - (select count(*) from (
+                  select from pgchannels.messages r
+                   where r.channel between c.name and c.name and r.id > c.cursor
+                     and (r.expires_at is null or r.expires_at > clock_timestamp())
+                   order by r.channel, r.id limit $10) waiting)
+           - (select count(*) from (select from pgchannels.outbox o where o.channel = c.name limit $10) coming) as free
+      from pgchannels.channels c
+     where $10 is not null and c.name in (select g.channel from given g)
+), admitted as (
+    select g.*, row_number() over (partition by g.channel, g.key order by g.place) = 1 as is_first
+      from (select g.*, row_number() over (partition by g.channel order by g.place) as nth from given g) g
+      left join room r on r.name = g.channel
+     where r.free is null or g.nth <= r.free
+        or exists (select from pgchannels.keys k
+                    where k.channel = g.channel and k.key = g.key and k.expires_at > g.created_at)
+), claimed as (
+    insert into pgchannels.keys as k (channel, key, created_at, expires_at)
+    select a.channel, a.key, a.created_at, a.created_at + $9::interval
+      from admitted a where a.key is not null and a.is_first order by a.channel, a.key
+    on conflict (channel, key) do update
+        set created_at = case when k.expires_at <= excluded.created_at then excluded.created_at else k.created_at end,
+            expires_at = case when k.expires_at <= excluded.created_at then excluded.expires_at else k.expires_at end,
+            claimed_by = case when k.expires_at <= excluded.created_at then excluded.claimed_by else k.claimed_by end
+    returning k.channel, k.key, k.created_at, k.claimed_by = pg_current_xact_id() as is_new
+), published as (
+    insert into pgchannels.outbox (channel, payload, expires_at, headers, attachments, created_at)
+    select a.channel, a.payload::json, a.created_at + a.ttl, a.headers::json,
+           case when a.last >= a.first then ($7::bytea[])[a.first:a.last] end, a.created_at
+      from admitted a left join claimed c on c.channel = a.channel and c.key = a.key
+     where a.key is null or (a.is_first and c.is_new)
+     order by a.place
+)
+select coalesce(c.created_at, a.created_at) as created_at,
+       a.key is null or (a.is_first and c.is_new) as is_new
+  from given g
+  left join admitted a on a.place = g.place
+  left join claimed c on c.channel = a.channel and c.key = a.key
+ order by g.place;
+
+-- name: insert_ephemeral
+-- The notification goes with the commit; that flushes nothing, for the table is not logged. It names
+-- the ids, so a node reads these and no others. All of a statement's lie between the two.
+with sent as (
+    insert into pgchannels.ephemeral (channel, payload, headers, attachments)
+    select m.channel, m.payload::json, m.headers::json,
+           case when m.last >= m.first then ($6::bytea[])[m.first:m.last] end
+      from unnest($1::text[], $2::text[], $3::text[], $4::integer[], $5::integer[])
+           as m(channel, payload, headers, first, last)
+    returning id
+)
+select pg_notify($7, 'e ' || min(s.id) || ' ' || max(s.id)) from sent s;
+
+-- name: read_ephemeral
+-- $1 and $2: the ids that were told; $3: at most so many.
+select e.id, e.channel, e.payload, e.created_at, octet_length(e.payload::text) as size, e.headers, e.attachments
+  from pgchannels.ephemeral e
+ where e.id between $1::bigint and $2::bigint order by e.id limit $3;
+
+-- name: sweep_ephemeral
+with deleted as (
+    delete from pgchannels.ephemeral e where e.created_at < clock_timestamp() - $1::interval returning 1
+)
+select count(*) from deleted;
 
 -- name: seal
 call pgchannels.seal_and_notify($1, $2, null, null);
@@ -29,11 +109,12 @@ select pg_notify($1, $2);
 -- "between" and "order by channel, id" leave the planner the index on (channel, id) alone. With
 -- "channel = …" and "order by id" it may walk the primary key and filter, expecting the channel all
 -- along it: for a quiet channel beside a few busy ones that is a walk over the whole log.
-select b.head, b.epoch, b.floor, b.partitioned_to, p.id, p.channel, p.payload, p.created_at, p.size
+select b.head, b.epoch, b.floor, b.partitioned_to,
+       p.id, p.channel, p.payload, p.created_at, p.size, p.headers, p.attachments
   from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id) - m.size as before
-        from (select m.id, m.channel, m.payload, m.created_at, m.size
+        from (select m.id, m.channel, m.payload, m.created_at, m.size, m.headers, m.attachments
                 from unnest($1::text[]) c(channel)
                cross join lateral (
                    select m.* from pgchannels.messages m
@@ -47,7 +128,8 @@ select b.head, b.epoch, b.floor, b.partitioned_to, p.id, p.channel, p.payload, p
 
 -- name: read_channel_backwards
 -- As read_channels, for one channel ($1) before an id ($2) and after one ($3), newest first.
-select b.head, b.epoch, b.floor, b.partitioned_to, p.id, p.channel, p.payload, p.created_at, p.size
+select b.head, b.epoch, b.floor, b.partitioned_to,
+       p.id, p.channel, p.payload, p.created_at, p.size, p.headers, p.attachments
   from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id desc) - m.size as before
@@ -61,7 +143,8 @@ select b.head, b.epoch, b.floor, b.partitioned_to, p.id, p.channel, p.payload, p
 
 -- name: read_log
 -- As read_channels, for the log as a whole.
-select b.head, b.epoch, b.floor, b.partitioned_to, p.id, p.channel, p.payload, p.created_at, p.size
+select b.head, b.epoch, b.floor, b.partitioned_to,
+       p.id, p.channel, p.payload, p.created_at, p.size, p.headers, p.attachments
   from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id) - m.size as before
@@ -138,6 +221,70 @@ with deleted as (
 )
 select count(*) from deleted;
 
+-- name: count_expired_keys
+select count(*) from pgchannels.keys k where k.expires_at <= clock_timestamp();
+
+-- name: delete_expired_keys
+with deleted as (
+    delete from pgchannels.keys k
+     where (k.channel, k.key) in (select e.channel, e.key from pgchannels.keys e
+                                   where e.expires_at <= clock_timestamp() limit $1)
+    returning 1
+)
+select count(*) from deleted;
+
+-- name: count_stale_memberships
+select count(*)
+  from pgchannels.memberships m left join pgchannels.channels c on c.name = m.channel
+ where m.left_at is null and m.renewed_at < clock_timestamp() - $1::interval
+   and (c.name is null or c.node is null and c.last_active_at < clock_timestamp() - $1::interval);
+
+-- name: end_stale_memberships
+-- Those of ordinary channels that are not used: neither renewed nor received from for $1.
+with stale as (
+    select m.group_name, m.channel
+      from pgchannels.memberships m left join pgchannels.channels c on c.name = m.channel
+     where m.left_at is null and m.renewed_at < clock_timestamp() - $1::interval
+       and (c.name is null or c.node is null and c.last_active_at < clock_timestamp() - $1::interval)
+     limit $2
+), listed as (
+    select array_agg(s.group_name) as groups, array_agg(s.channel) as names, array_agg(false) as adding,
+           array_agg(null::text) as presences, count(*) as count
+      from stale s
+)
+select l.count, case when l.count > 0 then pgchannels.change_memberships(
+           l.groups, l.names, l.adding, l.presences, interval '0', null) end
+  from listed l;
+
+-- name: count_stale_receivers
+select count(*) from pgchannels.channels c cross join pgchannels.log l
+ where c.node is null and c.cursor <= l.floor and c.last_active_at < clock_timestamp() - $1::interval
+   and not exists (select from pgchannels.memberships m where m.channel = c.name);
+
+-- name: delete_stale_receivers
+-- Channels that nobody has received from for $1, once nothing is retained that somebody had taken:
+-- without its row, a channel is received from its beginning.
+with deleted as (
+    delete from pgchannels.channels c
+     where c.name in (select s.name from pgchannels.channels s cross join pgchannels.log l
+                       where s.node is null and s.cursor <= l.floor
+                         and s.last_active_at < clock_timestamp() - $1::interval
+                         and not exists (select from pgchannels.memberships m where m.channel = s.name)
+                       limit $2)
+    returning 1
+)
+select count(*) from deleted;
+
+-- name: delete_old_claims
+-- No claim is repeated after a day.
+with deleted as (
+    delete from pgchannels.claims k
+     where k.node in (select o.node from pgchannels.claims o
+                       where o.made_at < clock_timestamp() - interval '1 day' limit $1)
+    returning 1
+)
+select count(*) from deleted;
+
 -- name: count_batches
 select count(*) from pgchannels.batches b
  where b.last_id <= $1 and b.last_id < (select max(n.last_id) from pgchannels.batches n);
@@ -156,3 +303,269 @@ select count(*) from deleted;
 
 -- name: requeue_stragglers
 select pgchannels.requeue_stragglers();
+
+-- Receivers
+
+-- name: add_receiver
+-- A channel that somebody receives from has a row.
+insert into pgchannels.channels (name) select unnest($1::text[]) on conflict (name) do nothing;
+
+-- name: claim
+-- Take messages for receivers that wait: up to $2 for each channel of $1, its own and those of its
+-- groups since it joined. One row at least for each channel, with its groups; the row is locked, in
+-- the order of names, so that of all processes one at a time takes from a channel.
+--
+-- What another one has done while we waited for its lock shows in the locked row (cursor, returned),
+-- though not in this statement's snapshot of the log: then the log ends earlier here than the cursor
+-- stands, nothing is taken, and the cursor stays.
+--
+-- $3 and $4 are the node and the number of this claim. Had it been made before, and only the answer
+-- been lost with the connection, then it takes nothing and gives the same again. It may also have been
+-- made while this one waited for a lock, on a connection that only we know to be broken; that does
+-- not show in this snapshot, but in "noted", which then has no row. Then nothing is taken either, and
+-- is_overtaken says: ask once more.
+--
+-- $5: no head counts beyond the partitions that were known before; see store.py.
+with asked as (
+    select a.name, a.wanted from unnest($1::text[], $2::integer[]) a(name, wanted)
+), again as materialized (
+    select k.names, k.ids from pgchannels.claims k where k.node = $3 and k.token = $4::bigint
+), bounds as materialized (
+    select b.head, b.epoch, b.floor, b.partitioned_to, least(b.head, $5::bigint - 1) as upto from pgchannels.bounds b
+), mine as materialized (
+    select c.name, c.cursor, c.returned, a.wanted
+      from pgchannels.channels c join asked a on a.name = c.name
+     where not exists (select from again)
+     order by c.name
+       for update of c
+), taken as materialized (
+    select m.name, m.wanted, t.*
+      from mine m cross join bounds b
+     cross join lateral (
+         select u.* from (
+             (select r.id, r.channel, r.payload, r.created_at, r.size, r.headers, r.attachments
+                from (select m.name as channel, m.cursor as after
+                      union all
+                      select g.group_name, greatest(g.since, m.cursor)
+                        from pgchannels.memberships g where g.channel = m.name and g.left_at is null
+                      union all
+                      select 'pgchannels:direct', m.cursor) s
+               cross join lateral (
+                   select r.* from pgchannels.messages r
+                    where r.channel between s.channel and s.channel
+                      and r.id > greatest(s.after, b.floor) and r.id <= b.upto
+                      and (r.expires_at is null or r.expires_at > clock_timestamp())
+                      and (r.headers is null and s.channel <> 'pgchannels:direct'
+                           or pgchannels.is_for(r.headers, m.name, s.channel = 'pgchannels:direct'))
+                    order by r.channel, r.id limit m.wanted) r
+               order by r.id limit m.wanted)
+             union all
+             (select r.id, r.channel, r.payload, r.created_at, r.size, r.headers, r.attachments
+                from pgchannels.messages r
+               where r.id = any (m.returned) and r.id <= b.upto and r.id > b.floor
+                 and (r.expires_at is null or r.expires_at > clock_timestamp()))) u
+          order by u.id limit m.wanted) t
+), noted as (
+    insert into pgchannels.claims as k (node, token, names, ids)
+    select $3, $4, array_agg(t.name order by t.id), array_agg(t.id order by t.id) from taken t having count(*) > 0
+    on conflict (node) do update
+        set token = excluded.token, names = excluded.names, ids = excluded.ids, made_at = clock_timestamp()
+      where k.token < excluded.token
+    returning 1
+), moved as (
+    update pgchannels.channels c
+       set cursor = greatest(m.cursor, case when t.count < m.wanted then b.upto else t.last end),
+           -- of those that were neither taken nor come after what was, the messages are gone
+           returned = array(select r.id from unnest(m.returned) r(id)
+                             where r.id <> all (t.ids) and (r.id > b.upto or (t.count = m.wanted and r.id > t.last))),
+           last_active_at = clock_timestamp()
+      from mine m
+      join (select x.name, count(*) as count, max(x.id) as last, array_agg(x.id) as ids
+              from taken x group by x.name) t on t.name = m.name
+     cross join bounds b
+     where c.name = m.name and exists (select from noted)
+), given as (
+    select t.name, t.id, t.channel, t.payload, t.created_at, t.size, t.headers, t.attachments
+      from taken t where exists (select from noted)
+    union all
+    select k.name, r.id, r.channel, r.payload, r.created_at, r.size, r.headers, r.attachments
+      from again a cross join unnest(a.names, a.ids) k(name, id) join pgchannels.messages r on r.id = k.id
+)
+select exists (select from taken) and not exists (select from noted) as is_overtaken,
+       b.head, b.epoch, b.partitioned_to, a.name,
+       exists (select from pgchannels.channels c where c.name = a.name) as is_known,
+       array(select m.group_name from pgchannels.memberships m where m.channel = a.name and m.left_at is null) as groups,
+       g.id, g.channel, g.payload, g.created_at, g.size, g.headers, g.attachments
+  from bounds b cross join asked a left join given g on g.name = a.name
+ order by a.name, g.id;
+
+-- name: hand_back
+-- What was taken for a receiver that has gone: the next one's, wherever it waits. Numbered like the
+-- claims, so that it is not done twice when only the answer was lost.
+with noted as (
+    insert into pgchannels.claims as k (node, token, names, ids) values ($3, $4, '{}', '{}')
+    on conflict (node) do update
+        set token = excluded.token, names = '{}', ids = '{}', made_at = clock_timestamp()
+      where k.token < excluded.token
+    returning 1
+), updated as (
+    update pgchannels.channels c set returned = c.returned || b.ids
+      from (select u.name, array_agg(u.id) as ids from unnest($1::text[], $2::bigint[]) u(name, id) group by u.name) b
+     where c.name = b.name and exists (select from noted)
+    returning c.name
+)
+insert into pgchannels.outbox (channel, payload)
+select 'pgchannels:members', json_build_object('channels', json_agg(u.name)) from updated u having count(*) > 0;
+
+-- name: touch_channels
+-- Somebody waits to receive from these: they are in use.
+update pgchannels.channels c set last_active_at = clock_timestamp() where c.name = any ($1::text[]);
+
+-- Members
+
+-- name: register_node
+insert into pgchannels.nodes (id, info) values ($1, $2::json);
+
+-- name: renew_node
+-- True while it lives; false once it has been declared dead; no row when all that has been cleared.
+-- A gap of half a lease may have been an outage of the database, in which others could not renew.
+update pgchannels.nodes n
+   set steady_since = case when n.heartbeat_at < clock_timestamp() - $2::interval / 2
+                           then clock_timestamp() else n.steady_since end,
+       heartbeat_at = case when n.dead_since is null then clock_timestamp() else n.heartbeat_at end
+ where n.id = $1
+returning n.dead_since is null as is_alive;
+
+-- name: remove_node
+delete from pgchannels.nodes where id = $1;
+
+-- name: reap
+select r.removed, r.published from pgchannels.reap($1, $2::interval, $3) r;
+
+-- name: settle_departures
+select pgchannels.settle_departures($1::interval, $2);
+
+-- name: add_channels
+insert into pgchannels.channels as c (name, node, user_id, metadata, cursor)
+select n.name, $2, n.user_id, n.metadata::json, b.head
+  from unnest($1::text[], $3::text[], $4::text[]) n(name, user_id, metadata) cross join pgchannels.bounds b
+on conflict (name) do update
+    set node = excluded.node, user_id = excluded.user_id, metadata = excluded.metadata;
+
+-- name: change_memberships
+select pgchannels.change_memberships($1::text[], $2::text[], $3::boolean[], $4::text[], $5::interval, $6::uuid);
+
+-- name: remove_channels
+select pgchannels.remove_channels($1::text[], $2::interval, $3::uuid);
+
+-- name: memberships_of
+select m.channel, m.group_name, m.since, m.presence
+  from pgchannels.memberships m where m.channel = any ($1::text[]) and m.left_at is null;
+
+-- name: group_members
+select m.channel from pgchannels.memberships m where m.group_name = $1 and m.left_at is null order by m.channel;
+
+-- name: presence
+select p.user_id, p.presence, p.channel, p.connections, p.metadata, p.joined_at
+  from (select distinct on (m.identity) m.user_id, m.presence, m.channel, m.metadata,
+               count(*) filter (where m.left_at is null) over w as connections,
+               min(m.joined_at) over w as joined_at
+          from pgchannels.memberships m
+         where m.group_name = $1 and m.identity is not null
+        window w as (partition by m.identity)
+         order by m.identity, m.left_at is null desc, m.joined_at desc) p
+ order by p.joined_at, p.user_id, p.channel;
+
+-- Followers
+
+-- name: add_follower
+-- Give a name that is new its position: $3 of the epoch $4, the beginning of what is retained if
+-- $4 is 0, or the end of the log if they are null. False: there is no such position. It is asked for
+-- by name first, for "do nothing" would wait for a transaction that has moved the position.
+with start as (
+    select case when $3::bigint is null then b.head when $4::integer = 0 then b.floor else $3 end as position,
+           b.epoch, $3 is null or $4 = 0 or ($4 = b.epoch and $3 <= b.head) as is_position,
+           exists (select from pgchannels.followers f where f.name = $1::text) as is_known
+      from pgchannels.bounds b
+), added as (
+    insert into pgchannels.followers (name, channels, position, epoch)
+    select $1, $2::text[], s.position, s.epoch from start s where s.is_position and not s.is_known
+    on conflict (name) do nothing
+)
+select s.is_position or s.is_known as is_known from start s;
+
+-- name: take_follower
+-- Take or renew the lease, and if somebody else has had it ($5: in any case), the position with it.
+-- No row: another one has the lease. No position: it has been forgotten, or a transaction that may
+-- move it is still open. That one is not waited for, lest each who waits hold a connection.
+with lease as (
+    insert into pgchannels.leases as l (name, holder, expires_at)
+    values ('follower:' || $1::text, $2::uuid, clock_timestamp() + $3::interval)
+    on conflict (name) do update set holder = excluded.holder, expires_at = excluded.expires_at
+        where l.holder = excluded.holder or l.expires_at <= clock_timestamp()
+    returning true
+), unlocked as (
+    select f.name from pgchannels.followers f cross join lease
+     where f.name = $1 and ($5::boolean or f.holder is distinct from $2)
+       for update of f skip locked
+), taken as (
+    update pgchannels.followers f set holder = $2, channels = $4::text[]
+      from unlocked u where f.name = u.name
+    returning f.position, f.epoch
+)
+select f.position, f.epoch, coalesce(f.begins, false) as begins
+  from lease left join (
+      select t.position, t.epoch, true as begins from taken t
+       union all
+      select k.position, k.epoch, false from pgchannels.followers k
+       where k.name = $1 and k.holder = $2 and not $5
+  ) f on true
+ order by begins desc limit 1;
+
+-- name: save_follower
+-- Move the position, if the holder still is the one, from where it left it; see move_in_transaction().
+update pgchannels.followers f
+   set position = greatest(f.position, $5::bigint), moved_at = clock_timestamp()
+ where f.name = $1 and f.holder = $2::uuid and f.epoch = $3::integer
+   and (f.position = any ($4::bigint[])
+        or (f.position >= $5 and pg_current_xact_id()::text = $6::text))
+returning f.position, pg_current_xact_id()::text;
+
+-- name: advance_follower
+-- Move the position from $4 to $5, unless a transaction that has moved it is still open. Returns
+-- where it was.
+with unlocked as (
+    select f.position from pgchannels.followers f
+     where f.name = $1 and f.holder = $2::uuid and f.epoch = $3::integer
+       for update skip locked
+), moved as (
+    update pgchannels.followers f set position = $5::bigint, moved_at = clock_timestamp()
+      from unlocked u where f.name = $1 and u.position = $4::bigint and f.position = $4 and $5 > $4
+)
+select u.position from unlocked u;
+
+-- name: followers
+-- What has come for each is counted channel by channel, on the index that read_channels uses too.
+select f.name, f.channels, f.position, f.epoch, c.lag, l.holder is not null as is_active, f.moved_at
+  from pgchannels.followers f
+ cross join pgchannels.bounds b
+  left join pgchannels.leases l on l.name = 'follower:' || f.name and l.expires_at > clock_timestamp()
+ cross join lateral (
+     select count(*) as lag
+       from (select from (select distinct unnest(f.channels)) n(channel)
+              cross join lateral (
+                  select from pgchannels.messages m
+                   where m.channel between n.channel and n.channel
+                     and m.id > greatest(f.position, b.floor)
+                     and (m.expires_at is null or m.expires_at > clock_timestamp())
+                   order by m.channel, m.id limit $1) m
+              limit $1) m) c
+ order by f.name collate "C";
+
+-- name: forget_follower
+with forgotten as (
+    delete from pgchannels.followers f where f.name = $1::text returning 1
+), left_over as (
+    delete from pgchannels.leases l where l.name = 'follower:' || $1
+)
+select count(*) from forgotten;

@@ -1,0 +1,88 @@
+"""Brings ephemeral messages from other processes, and this one's, to who is there.
+
+They are inserted into a table that is not logged, and the notification of that transaction names
+their ids. What it says is checked by reading them: a forged one shows nothing that is not there,
+and no message comes twice. Nobody looks for them otherwise, so what is sent while a node does not
+listen, it misses. They are swept out of the table within seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import deque
+from typing import TYPE_CHECKING
+
+from pgchannels.errors import DatabaseError
+
+if TYPE_CHECKING:
+    from pgchannels.hub import Hub
+    from pgchannels.store import Store
+
+__all__ = ["Ephemeral"]
+
+logger = logging.getLogger("pgchannels.ephemeral")
+
+_HINT = re.compile(r"e (\d{1,18}) (\d{1,18})", re.ASCII)
+# Notifications that may wait, messages that one of them may bring, and ids that are remembered.
+_MAX_HINTS = 1000
+_MAX_MESSAGES = 1000
+_REMEMBERED = 20_000
+# Seconds to wait after a hint at messages that are not there.
+_AFTER_FALSE_HINT = 0.05
+
+
+class Ephemeral:
+    """``run()`` is its whole life; cancelling it ends it.
+
+    Args:
+        store: where they are read.
+        hub: hands them out.
+    """
+
+    def __init__(self, store: Store, hub: Hub) -> None:
+        self._store = store
+        self._hub = hub
+        self._hints: deque[tuple[int, int]] = deque()
+        self._hinted = asyncio.Event()
+        self._seen: deque[int] = deque()
+        self._is_seen: set[int] = set()
+
+    def hint(self, payload: str) -> bool:
+        """A notification came. Say whether it is about ephemeral messages."""
+        match = _HINT.fullmatch(payload)
+        if match is None:
+            return False
+        if len(self._hints) < _MAX_HINTS:
+            self._hints.append((int(match[1]), int(match[2])))
+            self._hinted.set()
+        return True
+
+    async def run(self) -> None:
+        while True:
+            await self._hinted.wait()
+            self._hinted.clear()
+            while self._hints:
+                try:
+                    found = await self._bring(*self._hints.popleft())
+                except DatabaseError as error:
+                    logger.info("ephemeral messages are lost: %s", error)
+                    found = False
+                if not found:
+                    await asyncio.sleep(_AFTER_FALSE_HINT)
+
+    async def _bring(self, first: int, last: int) -> bool:
+        read = await self._store.read_ephemeral(first, last, _MAX_MESSAGES, self._hub.position)
+        for id, message in read:
+            # Those of concurrent statements may lie in between, and have hints of their own.
+            if id not in self._is_seen:
+                self._remember(id)
+                self._hub.offer(message)
+        return bool(read)
+
+    def _remember(self, id: int) -> None:
+        self._seen.append(id)
+        self._is_seen.add(id)
+        if len(self._seen) > _REMEMBERED:
+            self._is_seen.discard(self._seen.popleft())

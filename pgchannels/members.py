@@ -1,0 +1,382 @@
+"""This node's lease, the channels that live by it, and memberships.
+
+A node renews one row; none of its connections has a heartbeat in the database. When a lease has run
+out, any other node removes what lived by it, and tells who has left.
+
+Joins and leaves of many connections go into set-based statements, in the order in which they were
+asked for. Memberships of another node's channels, and of ordinary ones, are told of in the log, by
+a message that names the channels: whoever has one of them here looks at its groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from uuid import uuid4
+
+import orjson
+
+from pgchannels.backoff import Backoff
+from pgchannels.channels import MEMBERS, new_name
+from pgchannels.coalesce import Coalescer
+from pgchannels.errors import (
+    ChannelLayerClosed,
+    DatabaseError,
+    DatabaseUnavailable,
+    InvalidChannel,
+    InvalidMessage,
+    InvalidPayload,
+)
+from pgchannels.member import Member
+
+if TYPE_CHECKING:
+    from pgchannels.hub import Hub
+    from pgchannels.messages import Message
+    from pgchannels.receivers import Receivers
+    from pgchannels.records import PresenceBy
+    from pgchannels.settings import Settings
+    from pgchannels.store import Session, Store
+
+__all__ = ["Members"]
+
+logger = logging.getLogger("pgchannels.members")
+
+T = TypeVar("T")
+
+# Requests that one transaction serves, and channels that one removes.
+_AT_A_TIME = 2000
+# Seconds that close() leaves for taking leave.
+_CLOSING_TIME = 2.0
+# Seconds that an ephemeral message stays where nodes can read it.
+_EPHEMERAL_TIME = timedelta(seconds=10)
+
+_CHECK_VIOLATION = "23514"
+
+
+class _Add(NamedTuple):
+    """A channel of this node's, new or changed."""
+
+    channel: str
+    user_id: str | None
+    metadata: str | None
+
+
+class _Change(NamedTuple):
+    """A membership to begin or to end."""
+
+    group: str
+    channel: str
+    adding: bool
+    presence: PresenceBy | None
+
+
+class _Remove(NamedTuple):
+    """A channel of this node's that is no more."""
+
+    channel: str
+
+
+_Request: TypeAlias = _Add | _Change | _Remove
+
+
+class Members:
+    """``run()`` renews the lease and removes what lived by others'; cancelling it ends it.
+
+    Args:
+        settings: how long a lease is, how often it is renewed.
+        session: for the lease, on a connection of its own.
+        store: for memberships.
+        hub: tells of changes made elsewhere.
+        receivers: are told that they should look.
+        wake: something was published; sequence it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        session: Session,
+        store: Store,
+        hub: Hub,
+        receivers: Receivers,
+        wake: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._session = session
+        self._store = store
+        self._hub = hub
+        self._receivers = receivers
+        self._wake_sequencer = wake
+        self._name = uuid4()  # in the names of channels
+        self._id = self._name  # of the lease; another one after it was lost
+        self._members: dict[str, Member] = {}
+        self._changes = Coalescer[_Request, None](self._change, max_items=_AT_A_TIME)
+        self._to_look_at: set[str] = set()
+        self._to_remove: set[str] = set()
+        self._wakeup = asyncio.Event()
+        self._renewed_at: float | None = None
+        self._to_restore = False
+        self._is_registered = False
+
+    def __getitem__(self, channel: str) -> Member:
+        """The member that ``new_channel()`` has made.
+
+        Raises:
+            InvalidChannel: this layer has none of that name.
+        """
+        member = self._members.get(channel)
+        if member is None:
+            raise InvalidChannel(channel, "it is not a channel that this layer has made")
+        return member
+
+    async def open(self) -> None:
+        """Register the node."""
+        self._hub.register(MEMBERS, self)
+        self._is_registered = True
+        await self._register()
+
+    async def close(self) -> None:
+        """Take leave: everything that lives by this node ends now, or if that cannot be said, when
+        the lease has run out."""
+        await self._changes.close()
+        if self._is_registered:
+            try:
+                async with asyncio.timeout(_CLOSING_TIME):
+                    await self._take_leave()
+            except (DatabaseError, TimeoutError) as error:
+                logger.info("the node was left to its lease: %s", error)
+        await self._session.close()
+
+    async def _take_leave(self) -> None:
+        for some in _in_parts([*self._members, *self._to_remove]):
+            await self._remove(some)
+        await self._session.fetch("remove_node", self._id)
+
+    async def new_channel(self, prefix: str, user_id: str | None, metadata: str | None) -> str:
+        name = new_name(prefix, self._name)
+        await self._changes.submit(_Add(name, user_id, metadata))
+        self._members[name] = Member(name, user_id, metadata)
+        return name
+
+    async def update_channel(self, name: str, user_id: str | None, metadata: str | None) -> None:
+        member = self[name]
+        await self._changes.submit(_Add(name, user_id, metadata))
+        member.update(user_id, metadata)
+
+    async def delete_channel(self, name: str) -> None:
+        if self._members.pop(name, None) is None:
+            return
+        try:
+            await self._changes.submit(_Remove(name))
+        except asyncio.CancelledError:
+            self._to_remove.add(name)
+            raise
+        except (DatabaseUnavailable, ChannelLayerClosed):
+            # Nothing that the caller could do about it; it is done when the database is back.
+            self._to_remove.add(name)
+
+    async def change_membership(
+        self, group: str, channel: str, *, adding: bool, presence: PresenceBy | None
+    ) -> None:
+        # Messages after this are the member's at the latest: the database counts from a later one.
+        since = self._hub.cursor
+        member = self._members.get(channel)
+        if member is not None:
+            member.changing += 1
+        try:
+            await self._changes.submit(_Change(group, channel, adding, presence))
+        except DatabaseError as error:
+            if error.sqlstate == _CHECK_VIOLATION and presence == "user":
+                raise InvalidMessage(
+                    f"presence='user' needs a channel with a user; {channel!r} has none"
+                ) from error
+            self._look(channel)  # it may have been done, and must then be known here
+            raise
+        finally:
+            if member is not None:
+                member.changing -= 1
+        if member is not None:
+            if adding:
+                member.joined(group, since, presence)
+            else:
+                member.left(group)
+        self._receivers.look((channel,))
+
+    # For the hub
+
+    def offer(self, message: Message) -> None:
+        """Somebody says that memberships have changed. Anyone may; it is a reason to look."""
+        try:
+            names = message.data.get("channels")
+        except InvalidPayload:
+            return
+        if isinstance(names, list):
+            known = [name for name in names if isinstance(name, str)]
+            self._receivers.look(known)
+            for name in known:
+                self._look(name)
+
+    def missed(self) -> None:
+        """Such news may have been lost."""
+        self._receivers.look()
+        for name in self._members:
+            self._look(name)
+
+    # The node's life
+
+    async def run(self) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                await self._beat()
+                backoff.reset()
+                settings = self._settings
+                await self._woken_within(min(settings.poll_interval, settings.heartbeat_interval))
+            except DatabaseError as error:
+                delay = min(backoff.next(), self._settings.heartbeat_interval)
+                logger.log(error.level, "cannot renew the lease, retry in %.1f s: %s", delay, error)
+                await asyncio.sleep(delay)
+
+    async def _beat(self) -> None:
+        now = asyncio.get_running_loop().time()
+        interval = self._settings.heartbeat_interval
+        is_due = self._renewed_at is None or now - self._renewed_at >= interval
+        if is_due and await self._renew():
+            self._renewed_at = now
+            await self._session.fetch("sweep_ephemeral", _EPHEMERAL_TIME)
+        if self._to_look_at:
+            await self._look_at_memberships()
+        for some in _in_parts(list(self._to_remove)):
+            await self._remove(some)
+            self._to_remove.difference_update(some)
+        grace = timedelta(seconds=self._settings.presence_grace)
+        (row,) = await self._session.fetch("settle_departures", grace, _AT_A_TIME)
+        if row[0]:
+            self._wake_sequencer()
+        if await self._reap():
+            self._wakeup.set()  # there is more to do
+
+    async def _renew(self) -> bool:
+        """Renew the lease; False if it was lost, and cannot be had anew just now."""
+        lease = timedelta(seconds=self._settings.lease_time)
+        try:
+            # A connection that has stalled must be given up while there is time for another try.
+            async with asyncio.timeout(self._settings.heartbeat_interval):
+                rows = await self._session.fetch("renew_node", self._id, lease)
+        except TimeoutError as error:
+            self._session.abort()
+            raise DatabaseUnavailable("no answer in time") from error
+        if rows and not rows[0]["is_alive"]:
+            logger.warning("this node was declared dead; it comes back when that is settled")
+            return False
+        if not rows:
+            # What lived by the old lease has been removed; nothing of it lies about any more.
+            logger.warning("this node had been declared dead; it registers anew")
+            self._id = uuid4()
+            self._to_restore = True
+            await self._register()
+        if self._to_restore:
+            await self._restore()
+            self._to_restore = False
+        return True
+
+    async def _register(self) -> None:
+        info = orjson.dumps({"host": socket.gethostname(), "pid": os.getpid()}).decode()
+        await self._session.fetch("register_node", self._id, info)
+
+    async def _restore(self) -> None:
+        members = list(self._members.values())
+        for some in _in_parts(members):
+            await self._change([_Add(m.name, m.user_id, m.metadata) for m in some])
+        groups = [
+            _Change(group, member.name, adding=True, presence=member.presences.get(group))
+            for member in members
+            for group in member.groups
+        ]
+        for changes in _in_parts(groups):
+            await self._change(changes)
+
+    async def _reap(self) -> bool:
+        """Remove some of what lived by leases that have run out; say whether there may be more."""
+        lease = timedelta(seconds=self._settings.lease_time)
+        (row,) = await self._session.fetch("reap", self._id, lease, _AT_A_TIME)
+        if row["published"]:
+            self._wake_sequencer()
+        return bool(row["removed"])
+
+    def _look(self, channel: str) -> None:
+        if channel in self._members:
+            self._to_look_at.add(channel)
+            self._wakeup.set()
+
+    async def _look_at_memberships(self) -> None:
+        names = list(self._to_look_at)[:_AT_A_TIME]
+        self._to_look_at.difference_update(names)
+        versions = {name: m.version for name in names if (m := self._members.get(name))}
+        try:
+            rows = await self._session.fetch("memberships_of", names)
+        except DatabaseError:
+            self._to_look_at.update(names)
+            raise
+        current: dict[str, dict[str, Any]] = {name: {} for name in names}
+        for row in rows:
+            current[row["channel"]][row["group_name"]] = row
+        for name, groups in current.items():
+            member = self._members.get(name)
+            if member is None:
+                continue
+            if member.version != versions.get(name) or member.changing:
+                self._look(name)  # what was read may be older than what is known
+                continue
+            for group, row in groups.items():
+                member.joined(group, row["since"], row["presence"])
+            for group in member.groups.keys() - groups.keys():
+                member.left(group)
+
+    async def _woken_within(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wakeup.wait()
+        except TimeoutError:
+            return
+        self._wakeup.clear()
+
+    # What is asked for, together
+
+    async def _change(self, requests: Sequence[_Request]) -> Sequence[None]:
+        # Whatever fails half done may be done again as a whole. The later of two about one thing
+        # counts; and a channel that goes, goes last.
+        added = {r.channel: r for r in requests if isinstance(r, _Add)}
+        changed = {(r.group, r.channel): r for r in requests if isinstance(r, _Change)}
+        removed = {r.channel for r in requests if isinstance(r, _Remove)}
+        if added:
+            names, users, metadata = zip(*added.values(), strict=True)
+            await self._store.fetch("add_channels", names, self._id, users, metadata)
+        if changed:
+            await self._change_memberships(list(changed.values()))
+        if removed:
+            await self._remove(removed)
+        return [None] * len(requests)
+
+    async def _change_memberships(self, changes: Sequence[_Change]) -> None:
+        groups, names, adding, presences = zip(*changes, strict=True)
+        grace = timedelta(seconds=self._settings.presence_grace)
+        (row,) = await self._store.fetch(
+            "change_memberships", groups, names, adding, presences, grace, self._id
+        )
+        if row[0]:
+            self._wake_sequencer()
+
+    async def _remove(self, names: Iterable[str]) -> None:
+        grace = timedelta(seconds=self._settings.presence_grace)
+        (row,) = await self._store.fetch("remove_channels", list(names), grace, self._id)
+        if row[0]:
+            self._wake_sequencer()
+
+
+def _in_parts(items: Sequence[T]) -> Iterable[Sequence[T]]:
+    return (items[start : start + _AT_A_TIME] for start in range(0, len(items), _AT_A_TIME))

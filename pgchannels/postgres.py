@@ -1,0 +1,217 @@
+"""The channel layer on PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from pgchannels.channels import check_channel
+from pgchannels.errors import ChannelLayerClosed, ConfigurationError
+from pgchannels.follower import Follower
+from pgchannels.layer import ChannelLayer, check_user, encode_metadata
+from pgchannels.messages import Message, Position
+from pgchannels.node import Node
+from pgchannels.payloads import DEFAULT, Serializer
+from pgchannels.postgres_follower import PostgresFollower, follower_statuses, forget_follower
+from pgchannels.records import FollowerStatus, LogPage, Outgoing, PresenceBy, Present, Receipt
+from pgchannels.settings import Settings
+from pgchannels.stream import Stream
+
+__all__ = ["PostgresLayer"]
+
+_NOT_OPEN = (
+    "the channel layer is not open: use 'async with layer:', or FastAPI(lifespan=lifespan(layer))"
+)
+
+
+class PostgresLayer(ChannelLayer):
+    """A channel layer on PostgreSQL. Nothing opens in the constructor.
+
+    ::
+
+        layer = PostgresLayer("postgresql://…")
+        async with layer:
+            await layer.send("jobs", {"type": "resize", "id": 7})
+
+    One layer serves one event loop, any number of tasks in it. Create it where you like and open it
+    where the loop runs.
+
+    Args:
+        settings: a database URL, or :class:`~pgchannels.Settings`; from the environment if None.
+        serializer: how payloads become JSON and objects again.
+    """
+
+    def __init__(
+        self, settings: Settings | str | None = None, *, serializer: Serializer = DEFAULT
+    ) -> None:
+        if isinstance(settings, str):
+            settings = Settings(database_url=settings)
+        super().__init__(settings, serializer=serializer)
+        self._node: Node | None = None
+        self._changing = asyncio.Lock()
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Connect and start the node's tasks. Opening an open layer does nothing.
+
+        Raises:
+            SchemaError: the database has not been migrated, or by a newer version.
+            DatabaseUnavailable: the server cannot be reached.
+        """
+        async with self._changing:
+            await self._stopped()
+            if self._node is None:
+                node = Node(self.settings, self.serializer)
+                await node.start()
+                self._node = node
+
+    async def close(self) -> None:
+        """Finish what is being published, end every stream and task. Again: does nothing.
+
+        Takes a few seconds at most, also while the database is away. Cancelled, it goes on by
+        itself, and the next call waits for it.
+        """
+        async with self._changing:
+            node, self._node = self._node, None
+            if node is not None:
+                self._stopping = asyncio.create_task(node.stop(), name="pgchannels close")
+            await self._stopped()
+
+    async def _stopped(self) -> None:
+        stopping = self._stopping
+        if stopping is None:
+            return
+        try:
+            if not stopping.done():
+                await asyncio.shield(stopping)
+        finally:
+            if stopping.done():
+                self._stopping = None
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether notifications come in. While they do not, messages are found by polling."""
+        return self._node is not None and self._node.listener.healthy
+
+    async def receive(self, channel: str, *, timeout: float | None = None) -> Message:
+        return await self._opened.receivers.receive(check_channel(channel), timeout)
+
+    def subscribe(
+        self,
+        *channels: str,
+        after: Position | str | None = None,
+        member: str | None = None,
+    ) -> Stream:
+        node = self._opened
+        return Stream(
+            channels,
+            after,
+            source=node.hub,
+            settings=self.settings,
+            streams=node.streams,
+            member=None if member is None else node.members[check_channel(member)],
+        )
+
+    def follow(self, *channels: str, name: str, after: Position | str | None = None) -> Follower:
+        node = self._opened
+        return PostgresFollower(
+            channels=channels,
+            name=name,
+            after=after,
+            store=node.store,
+            make_stream=lambda position: Stream(
+                channels,
+                position,
+                source=node.hub,
+                settings=self.settings,
+                streams=node.streams,
+            ),
+            settings=self.settings,
+            followers=node.followers,
+        )
+
+    async def followers(self) -> list[FollowerStatus]:
+        return await follower_statuses(self._opened.store)
+
+    async def forget_follower(self, name: str) -> bool:
+        return await forget_follower(self._opened.store, check_channel(name))
+
+    async def new_channel(
+        self,
+        prefix: str = "channel",
+        *,
+        user_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> str:
+        return await self._opened.members.new_channel(
+            prefix, check_user(user_id), encode_metadata(metadata)
+        )
+
+    async def update_channel(
+        self,
+        channel: str,
+        *,
+        user_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        await self._opened.members.update_channel(
+            check_channel(channel), check_user(user_id), encode_metadata(metadata)
+        )
+
+    async def delete_channel(self, channel: str) -> None:
+        await self._opened.members.delete_channel(check_channel(channel))
+
+    async def group_members(self, group: str) -> list[str]:
+        rows = await self._opened.store.fetch("group_members", check_channel(group))
+        return [row["channel"] for row in rows]
+
+    async def presence(self, group: str) -> list[Present]:
+        rows = await self._opened.store.fetch("presence", check_channel(group))
+        return [
+            Present(
+                user_id=row["user_id"],
+                connection=row["channel"] if row["presence"] == "connection" else None,
+                connections=row["connections"],
+                metadata=self.serializer.loads(row["metadata"]) if row["metadata"] else None,
+                joined_at=row["joined_at"],
+            )
+            for row in rows
+        ]
+
+    def wake(self) -> None:
+        """Something was committed to the outbox: sequence it. From any thread; never raises."""
+        node = self._node
+        if node is not None:
+            node.wake()
+
+    async def _publish(self, message: Outgoing) -> Receipt:
+        return await self._opened.publisher.publish(message)
+
+    async def _publish_ephemeral(self, message: Outgoing) -> None:
+        await self._opened.publisher.publish_ephemeral(message)
+
+    async def _read_history(
+        self, channel: str, *, after: int, before: int, newest_first: bool, limit: int
+    ) -> LogPage:
+        store = self._opened.store
+        if newest_first:
+            return await store.read_backwards(channel, before, after, limit)
+        return await store.read_channels([channel], after, limit=limit)
+
+    async def _change_membership(
+        self, group: str, channel: str, *, adding: bool, presence: PresenceBy | None
+    ) -> None:
+        await self._opened.members.change_membership(
+            group, channel, adding=adding, presence=presence
+        )
+
+    @property
+    def _opened(self) -> Node:
+        if self._node is None:
+            raise ChannelLayerClosed(_NOT_OPEN)
+        if self._node.loop is not asyncio.get_running_loop():
+            raise ConfigurationError(
+                "this layer was opened in another event loop; each loop needs a layer of its own"
+            )
+        return self._node

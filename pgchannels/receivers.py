@@ -1,0 +1,318 @@
+"""Who waits to receive, and what has been claimed for them.
+
+However many wait in this process, for however many channels, one task claims for all of them: up
+to as many messages as there are waiting, in one statement for many channels. So waiting costs no
+connection, and no message is taken that nobody has asked for. What a receiver that was cancelled
+can no longer take goes to the next one here, or back.
+
+A claim or a handing back that fails with the connection may have been done all the same. Each has a
+number, and is repeated with that number until it is answered; the database does it once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+from uuid import uuid4
+
+from pgchannels.backoff import Backoff
+from pgchannels.channels import DIRECT
+from pgchannels.errors import ChannelLayerClosed, DatabaseError, DatabaseUnavailable
+from pgchannels.messages import Message
+
+if TYPE_CHECKING:
+    from pgchannels.settings import Settings
+    from pgchannels.store import Claim, Session
+    from pgchannels.stream import Source
+
+__all__ = ["Receivers"]
+
+logger = logging.getLogger("pgchannels.receivers")
+
+T = TypeVar("T")
+
+# Channels that one statement claims for, and messages that it takes for each.
+_CHANNELS_AT_A_TIME = 500
+_MESSAGES_AT_A_TIME = 100
+# Seconds that close() leaves for handing back.
+_CLOSING_TIME = 5.0
+# Seconds for which a channel is remembered that nobody receives from any more.
+_IDLE_TIME = 30.0
+# A membership in use is renewed so many times within its expiry, or every minute.
+_RENEWALS = 4
+
+
+class _Waiter:
+    """One call of ``receive()``."""
+
+    def __init__(self, *, impatient: bool) -> None:
+        self.future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self.impatient = impatient  # it takes what is there now, or nothing
+
+    def time_out(self) -> None:
+        if not self.future.done():
+            self.future.set_exception(TimeoutError("no message came in time"))
+
+
+class _Inbox:
+    """A channel that is received from here. Registered with the hub, as a reason to look."""
+
+    def __init__(self, name: str, look: Callable[[_Inbox], None]) -> None:
+        self.name = name
+        self.waiters: OrderedDict[_Waiter, None] = OrderedDict()
+        self.watched: set[str] = set()
+        self.idle_since = 0.0
+        self._look = look
+
+    def offer(self, message: Message) -> None:
+        if not message.ephemeral and message.is_for(self.name):
+            self.missed()
+
+    def missed(self) -> None:
+        if self.waiters:
+            self._look(self)
+
+    def next_waiter(self) -> _Waiter | None:
+        """Take the one that has waited longest."""
+        while self.waiters:
+            waiter, _ = self.waiters.popitem(last=False)
+            if not waiter.future.done():
+                return waiter
+        return None
+
+
+class Receivers:
+    """``run()`` serves all that wait in this process, until ``close()``.
+
+    Args:
+        settings: how long memberships last that are not used.
+        session: claims, on a connection of its own.
+        source: tells when there is something to claim.
+        wake: something was published; sequence it.
+    """
+
+    def __init__(
+        self, settings: Settings, session: Session, source: Source, wake: Callable[[], None]
+    ) -> None:
+        self._settings = settings
+        self._session = session
+        self._source = source
+        self._wake_sequencer = wake
+        self._id = uuid4()
+        self._token = 0
+        self._inboxes: dict[str, _Inbox] = {}
+        self._due: dict[str, None] = {}
+        self._returning: list[tuple[str, Message]] = []
+        self._wakeup = asyncio.Event()
+        self._closed = False
+        self._finished = asyncio.Event()
+        self._finished.set()
+        self._swept_at = 0.0
+
+    async def receive(self, channel: str, timeout: float | None) -> Message:
+        """See :meth:`pgchannels.layer.ChannelLayer.receive`."""
+        if self._closed:
+            raise ChannelLayerClosed
+        waiter = _Waiter(impatient=timeout is not None and timeout <= 0)
+        inbox = self._inbox(channel)
+        inbox.waiters[waiter] = None
+        if not self._give_returned(inbox):
+            self._ask_for(inbox)
+        timer = (
+            asyncio.get_running_loop().call_later(timeout, waiter.time_out)
+            if timeout is not None and timeout > 0
+            else None
+        )
+        try:
+            return await waiter.future
+        except asyncio.CancelledError:
+            # It may have been given a message in the very moment in which it was cancelled.
+            future = waiter.future
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._pass_on(inbox, future.result())
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            inbox.waiters.pop(waiter, None)
+            inbox.idle_since = asyncio.get_running_loop().time()
+
+    def look(self, channels: Iterable[str] | None = None) -> None:
+        """Something about these channels has changed, their groups say; or about any."""
+        for name in self._inboxes if channels is None else channels:
+            if (inbox := self._inboxes.get(name)) is not None:
+                inbox.missed()
+
+    async def run(self) -> None:
+        self._finished.clear()
+        while not self._closed:
+            await self._woken()
+            while self._due or self._returning:
+                await self._hand_back()
+                await self._claim()
+            await self._housekeeping()
+        await self._hand_back()
+        self._finished.set()
+        await asyncio.Event().wait()  # until cancelled
+
+    async def close(self) -> None:
+        """End all waiting, and hand back what nobody has taken, within a few seconds."""
+        self._closed = True
+        for inbox in self._inboxes.values():
+            while (waiter := inbox.next_waiter()) is not None:
+                waiter.future.set_exception(ChannelLayerClosed("the channel layer has been closed"))
+        self._wakeup.set()
+        try:
+            async with asyncio.timeout(_CLOSING_TIME):
+                await self._finished.wait()
+        except TimeoutError:
+            if self._returning:
+                logger.error("%d messages could not be handed back", len(self._returning))
+
+    def _inbox(self, channel: str) -> _Inbox:
+        inbox = self._inboxes.get(channel)
+        if inbox is None:
+            inbox = self._inboxes[channel] = _Inbox(channel, self._ask_for)
+            self._watch(inbox, {channel, DIRECT})
+        return inbox
+
+    def _watch(self, inbox: _Inbox, channels: set[str]) -> bool:
+        """Be told of messages of these channels; say whether one is new."""
+        new = channels - inbox.watched
+        for channel in new:
+            self._source.register(channel, inbox)
+        for channel in inbox.watched - channels:
+            self._source.unregister(channel, inbox)
+        inbox.watched = channels
+        return bool(new)
+
+    def _ask_for(self, inbox: _Inbox) -> None:
+        self._due[inbox.name] = None
+        self._wakeup.set()
+
+    def _pass_on(self, inbox: _Inbox, message: Message) -> None:
+        waiter = inbox.next_waiter()
+        if waiter is not None:
+            waiter.future.set_result(message)
+        else:
+            self._returning.append((inbox.name, message))
+            self._wakeup.set()
+
+    def _give_returned(self, inbox: _Inbox) -> bool:
+        """Give a receiver what another one here could not take, before it has been handed back."""
+        for place, (name, message) in enumerate(self._returning):
+            if name == inbox.name and (waiter := inbox.next_waiter()) is not None:
+                del self._returning[place]
+                waiter.future.set_result(message)
+                return True
+        return False
+
+    async def _claim(self) -> None:
+        wanted: dict[str, int] = {}
+        asked: dict[str, list[_Waiter]] = {}
+        for name in list(islice(self._due, _CHANNELS_AT_A_TIME)):
+            del self._due[name]
+            inbox = self._inboxes.get(name)
+            if inbox is not None and inbox.waiters:
+                wanted[name] = min(len(inbox.waiters), _MESSAGES_AT_A_TIME)
+                asked[name] = list(inbox.waiters)
+        if not wanted:
+            return
+        self._token += 1
+        token = self._token
+        try:
+            claims, again = await self._insist(
+                lambda: self._session.claim(wanted, node=self._id, token=token)
+            )
+            unknown = [name for name, claim in claims.items() if not claim.is_known]
+            if unknown:
+                await self._insist(lambda: self._session.fetch("add_receiver", unknown))
+        except DatabaseError:
+            # Refused, which nobody expects. They wait on, and are asked for when this is restarted.
+            self._due.update(dict.fromkeys(wanted))
+            raise
+        for name, claim in claims.items():
+            self._hand_out(self._inboxes[name], claim, wanted[name], asked[name], again=again)
+
+    def _hand_out(
+        self, inbox: _Inbox, claim: Claim, wanted: int, asked: list[_Waiter], *, again: bool
+    ) -> None:
+        for message in claim.messages:
+            self._pass_on(inbox, message)
+        # Messages of a group that was not watched may have come before it was.
+        news = self._watch(inbox, {inbox.name, DIRECT, *claim.groups})
+        if news or again or not claim.is_known or len(claim.messages) == wanted:
+            if inbox.waiters:
+                self._ask_for(inbox)
+            return
+        for waiter in asked:
+            if waiter.impatient:
+                waiter.time_out()
+
+    async def _hand_back(self) -> None:
+        # Whoever has begun to wait meanwhile comes first.
+        kept, self._returning = self._returning, []
+        for name, message in kept:
+            self._pass_on(self._inboxes[name], message)
+        returning, self._returning = self._returning, []
+        if not returning:
+            return
+        self._token += 1
+        token = self._token
+        names = [name for name, _ in returning]
+        ids = [message.id for _, message in returning]
+        await self._insist(lambda: self._session.fetch("hand_back", names, ids, self._id, token))
+        self._wake_sequencer()
+        for name in dict.fromkeys(names):
+            if self._inboxes[name].waiters:
+                self._ask_for(self._inboxes[name])
+
+    async def _insist(self, do: Callable[[], Awaitable[T]]) -> T:
+        """Do it until there is an answer."""
+        backoff = Backoff()
+        while True:
+            try:
+                return await do()
+            except DatabaseUnavailable as error:
+                delay = backoff.next()
+                logger.log(error.level, "cannot claim, retry in %.1f s: %s", delay, error)
+                await asyncio.sleep(delay)
+
+    async def _woken(self) -> None:
+        try:
+            async with asyncio.timeout(self._housekeeping_interval):
+                await self._wakeup.wait()
+        except TimeoutError:
+            return
+        self._wakeup.clear()
+
+    @property
+    def _housekeeping_interval(self) -> float:
+        expiry = self._settings.group_expiry or float("inf")
+        return min(_IDLE_TIME, expiry / _RENEWALS)
+
+    async def _housekeeping(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._swept_at < self._housekeeping_interval:
+            return
+        self._swept_at = now
+        for inbox in list(self._idle(now)):
+            self._watch(inbox, set())
+            del self._inboxes[inbox.name]
+        waited_for = [name for name, inbox in self._inboxes.items() if inbox.waiters]
+        if waited_for:
+            try:
+                await self._session.fetch("touch_channels", waited_for)
+            except DatabaseError as error:
+                logger.log(error.level, "cannot renew memberships, will try again: %s", error)
+
+    def _idle(self, now: float) -> Iterator[_Inbox]:
+        returning = {name for name, _ in self._returning}
+        for inbox in self._inboxes.values():
+            is_idle = not inbox.waiters and now - inbox.idle_since > _IDLE_TIME
+            if is_idle and inbox.name not in returning:
+                yield inbox
