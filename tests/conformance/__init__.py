@@ -1,0 +1,1 @@
+"""The contract of channel layers, run against ours."""
