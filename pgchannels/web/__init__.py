@@ -1,7 +1,18 @@
 """FastAPI: sockets that follow channels, history over REST, and the layer's lifespan."""
 
-from pgchannels.web.consumers import JsonConsumer
+from pgchannels.web.bytes_consumer import BytesConsumer
+from pgchannels.web.consumer import WebSocketConsumer
+from pgchannels.web.handlers import handles, receives
 from pgchannels.web.history import channels_router
+from pgchannels.web.json_consumer import JsonConsumer
 from pgchannels.web.lifespan import lifespan
 
-__all__ = ["JsonConsumer", "channels_router", "lifespan"]
+__all__ = [
+    "BytesConsumer",
+    "JsonConsumer",
+    "WebSocketConsumer",
+    "channels_router",
+    "handles",
+    "lifespan",
+    "receives",
+]

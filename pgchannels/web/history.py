@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Res
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 
+from pgchannels.channels import check_channel
 from pgchannels.errors import (
     ConfigurationError,
     DatabaseUnavailable,
@@ -19,10 +20,11 @@ from pgchannels.errors import (
     InvalidPosition,
 )
 from pgchannels.layer import MAX_HISTORY
-from pgchannels.messages import Position, check_channel
+from pgchannels.messages import Position
 
 if TYPE_CHECKING:
-    from pgchannels.layer import HistoryPage, PostgresLayer
+    from pgchannels.layer import ChannelLayer
+    from pgchannels.records import HistoryPage
 
 __all__ = ["channels_router"]
 
@@ -35,6 +37,10 @@ class Envelope(BaseModel):
     channel: str = Field(examples=["room:1"])
     created_at: datetime
     data: dict[str, Any]
+    attachments: dict[str, str] = Field(
+        default_factory=dict,
+        description="bytes that were in the data, in base64 by JSON pointer; left out if none",
+    )
 
 
 class History(BaseModel):
@@ -47,7 +53,7 @@ class History(BaseModel):
 
 
 def channels_router(
-    layer: "PostgresLayer", *, authorize: Callable[..., Any], **options: Any
+    layer: "ChannelLayer", *, authorize: Callable[..., Any], **options: Any
 ) -> APIRouter:
     """Make a router with ``GET /{channel}/messages``.
 

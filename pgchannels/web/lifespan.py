@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, TypedDict
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from pgchannels.layer import PostgresLayer
+    from pgchannels.layer import ChannelLayer
 
 __all__ = ["lifespan"]
 
 
 class State(TypedDict):
-    layer: PostgresLayer
+    layer: ChannelLayer
 
 
 def lifespan(
-    layer: PostgresLayer,
+    layer: ChannelLayer,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
     """Make a lifespan for ``FastAPI(lifespan=lifespan(layer))``.
 

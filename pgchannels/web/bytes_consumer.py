@@ -1,0 +1,41 @@
+"""Sockets that speak bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pgchannels.web.consumer import WebSocketConsumer
+from pgchannels.web.frames import unwrapped
+
+if TYPE_CHECKING:
+    from pgchannels.messages import Message
+
+__all__ = ["BytesConsumer"]
+
+
+class BytesConsumer(WebSocketConsumer):
+    """A :class:`WebSocketConsumer` whose client sends binary frames.
+
+    Messages are forwarded as binary frames too; text frames are what the consumer says of itself
+    (errors, ``truncated``), and messages that were sent to become text. A text frame of the client
+    is answered by the error ``invalid_frame``.
+    """
+
+    async def receive_bytes(self, data: bytes) -> None:
+        """The client has sent *data*."""
+
+    async def dispatch(self, received: Any) -> None:
+        await self._guarded(self.receive_bytes(received))
+
+    async def forward(self, message: Message) -> None:
+        """There is a message for the client that no method handles. Sends its envelope."""
+        frame = unwrapped(message)
+        await self._send_frame(message.envelope.encode() if frame is None else frame)
+
+    async def __anext__(self) -> bytes:
+        """What the client sends."""
+        while True:
+            frame = await self._receive_frame()
+            if isinstance(frame, bytes):
+                return frame
+            await self._send_error("invalid_frame", "expected a binary frame, not text")
