@@ -366,7 +366,7 @@ async def test_hints_of_strangers_move_nothing(
     unhandled: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
     # A heartbeat that cannot come by itself: what ends the listening would be the garbage.
-    settings = make_settings(database_url, heartbeat_interval=60, poll_interval=60)
+    settings = make_settings(database_url, heartbeat_interval=60, lease_time=120, poll_interval=60)
     async with PostgresLayer(settings) as layer, layer.subscribe("a") as stream:
         await eventually(lambda: layer.is_listening)
         await publish(stranger, 0, 3)
@@ -387,7 +387,7 @@ async def test_hints_of_strangers_move_nothing(
 async def test_a_flood_of_forged_hints_is_no_flood_of_reads(
     database_url: str, stranger: Connection[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = make_settings(database_url, heartbeat_interval=60, poll_interval=60)
+    settings = make_settings(database_url, heartbeat_interval=60, lease_time=120, poll_interval=60)
     async with PostgresLayer(settings) as layer, layer.subscribe("a") as stream:
         await eventually(lambda: layer.is_listening)
         hub = layer._opened.hub

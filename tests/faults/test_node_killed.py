@@ -64,7 +64,7 @@ asyncio.run(main())
 """
 
 ROOMS = ("room:0", "room:1", "room:2")
-QUICK = {"poll_interval": 0.2, "lease_time": 1.0}
+QUICK = {"poll_interval": 0.2, "heartbeat_interval": 0.5, "lease_time": 1.0}
 
 
 class Node:

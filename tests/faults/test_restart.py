@@ -107,7 +107,12 @@ async def test_streams_stay_open_and_miss_nothing(
     own_server: EmbeddedPostgres, failure: Callable[[EmbeddedPostgres], Awaitable[None]]
 ) -> None:
     settings = Settings.model_validate(
-        {"database_url": own_server.url(), "poll_interval": 0.2, "lease_time": 1.0}
+        {
+            "database_url": own_server.url(),
+            "poll_interval": 0.2,
+            "heartbeat_interval": 0.5,
+            "lease_time": 1.0,
+        }
     )
     async with AsyncExitStack() as stack:
         layers = [await stack.enter_async_context(PostgresLayer(settings)) for _ in range(2)]

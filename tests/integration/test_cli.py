@@ -105,7 +105,7 @@ def test_check_fails_where_there_is_something_to_do_and_does_not_do_it(
     assert migrate.current(empty_database_url) is None
 
 
-@pytest.mark.parametrize("options", [["migrate"], ["migrate", "--check"], ["prune"]])
+@pytest.mark.parametrize("options", [["migrate"], ["migrate", "--check"], ["prune"], ["followers"]])
 def test_a_schema_of_a_newer_version_is_left_alone(
     run: Run, database_url: str, connection: psycopg.Connection, options: list[str]
 ) -> None:
@@ -189,10 +189,39 @@ def test_prune_wants_a_migrated_database(run: Run, empty_database_url: str) -> N
     assert_one_line(result, 1, "has not been migrated", "pgchannels migrate")
 
 
+# --- followers ---
+
+
+def test_followers_are_shown_with_their_lag(
+    run: Run, database_url: str, connection: psycopg.Connection
+) -> None:
+    nobody = run("followers", "--database-url", database_url)
+    assert (nobody.code, nobody.out) == (0, "There are no followers.\n")
+    connection.execute("select pgchannels.publish('a', '{}') from generate_series(1, 5)")
+    connection.execute("select pgchannels.seal()")
+    connection.execute(
+        "insert into pgchannels.followers (name, channels, position, epoch, moved_at) values"
+        " ('[bold]mail', '{a}', 2, 1, '2026-01-02 03:04:05Z'), ('billing', '{a,b}', 5, 1, now())"
+    )
+    connection.execute(
+        "insert into pgchannels.leases values"
+        " ('follower:billing', gen_random_uuid(), now() + interval '1 minute')"
+    )
+    result = run("followers", "--database-url", database_url)
+    assert (result.code, result.err) == (0, "")
+    heading, *rows = (line.split() for line in result.out.splitlines())
+    assert heading == ["name", "position", "lag", "active", "moved"]
+    assert [row[:4] for row in rows] == [
+        ["[bold]mail", "1-2", "3", "no"],
+        ["billing", "1-5", "0", "yes"],
+    ]
+    assert rows[0][4].startswith("2026-01-0")
+
+
 # --- What can be wrong ---
 
 
-@pytest.mark.parametrize("command", ["migrate", "prune"])
+@pytest.mark.parametrize("command", ["migrate", "prune", "followers"])
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
@@ -249,7 +278,7 @@ def test_without_the_extra_it_says_how_to_get_it(
 
 def test_help_and_version(run: Run) -> None:
     assert run("--version").out.startswith("pgchannels ")
-    for command in ("migrate", "prune", "demo"):
+    for command in ("migrate", "prune", "followers", "demo"):
         shown = run(command, "--help")
         assert shown.code == 0
         assert f"pgchannels {command}" in shown.out

@@ -27,6 +27,7 @@ from pgchannels import (
     MessageTooLarge,
     Position,
     PostgresLayer,
+    Receipt,
     SchemaError,
     Settings,
     Stream,
@@ -34,7 +35,8 @@ from pgchannels import (
 )
 from pgchannels.migrate import upgrade
 from pgchannels.publisher import Publisher
-from pgchannels.store import Outgoing, Store
+from pgchannels.records import Outgoing
+from pgchannels.store import Store
 from pgchannels.subscription import State
 from tests.support.eventually import eventually
 
@@ -257,10 +259,11 @@ class TestSending:
         assert 1 <= row[0] <= 20
 
     async def test_one_refused_among_many_fails_alone(self, database_url: str) -> None:
-        store = Store(Settings(database_url=database_url))
+        settings = Settings(database_url=database_url)
+        store = Store(settings)
         await store.open()
         published: list[None] = []
-        publisher = Publisher(store, lambda: published.append(None))
+        publisher = Publisher(settings, store, lambda: published.append(None))
         bad = {
             10: Outgoing("not valid", "{}"),
             20: Outgoing("room", "[1]"),
@@ -276,7 +279,7 @@ class TestSending:
         )
         await publisher.close()
         await store.close()
-        failed = {n: result for n, result in enumerate(results) if result is not None}
+        failed = {n: result for n, result in enumerate(results) if not isinstance(result, Receipt)}
         assert failed.keys() == bad.keys()
         for error in failed.values():
             assert isinstance(error, DatabaseError)
@@ -330,10 +333,10 @@ class TestSending:
         await asyncio.sleep(0)
         await layer.close()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        sent = [n for n, result in enumerate(results) if result is None]
+        sent = [n for n, result in enumerate(results) if isinstance(result, Receipt)]
         assert sent
         for result in results:
-            assert result is None or isinstance(result, ChannelLayerClosed)
+            assert isinstance(result, (Receipt, ChannelLayerClosed))
         async with layer, layer.subscribe("room", after=BEGINNING) as stream:
             assert numbers(await take(stream, len(sent))) == sent
 

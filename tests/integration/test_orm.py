@@ -39,6 +39,7 @@ from pgchannels import (
 from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.migrate import upgrade
 from pgchannels.orm import install, publish
+from pgchannels.payloads import JSONSerializer
 from tests.support.servers import server_directory
 
 
@@ -65,10 +66,11 @@ def order(**values: Any) -> Order:
 
 
 class WakeCounter:
-    """Stands where a layer does: it has settings and can be woken."""
+    """Stands where a layer does: it has settings, a serialiser, and can be woken."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.serializer = JSONSerializer()
         self.woken = 0
         self.error: Exception | None = None
 

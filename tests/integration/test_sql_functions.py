@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from psycopg.rows import scalar_row
 
 from pgchannels.errors import InvalidChannel
-from pgchannels.messages import check_channel
+from pgchannels.channels import check_channel
 from pgchannels.sql import load_queries
 
 MIB = 1024 * 1024
@@ -391,7 +391,8 @@ class TestPlans:
         (plan,) = value(
             log,
             "explain (format json)"
-            " execute q(array['a', 'b'], array['{}', '{}'], array[null, '1 s']::interval[])",
+            " execute q(array['a', 'b'], array['{}', '{}'], array[null, '1 s']::interval[],"
+            " array[null, null]::text[])",
         )
         node = plan["Plan"]
         types = [node["Node Type"]]

@@ -14,15 +14,16 @@ from urllib.parse import quote, urljoin
 import httpx2
 import psycopg
 import pytest
-import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from starlette.websockets import WebSocket
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from pgchannels import ConfigurationError, Message, PostgresLayer, Settings
+from pgchannels.channels import MEMBERS
 from pgchannels.web import JsonConsumer, channels_router, lifespan
 from tests.support.eventually import eventually
+from tests.support.sockets import answer, ask, closed, serve
 from tests.support.tcp_proxy import TcpProxy
 
 ODD_NAMES = [
@@ -239,6 +240,7 @@ class TestHistory:
             "channel",
             "created_at",
             "data",
+            "attachments",
         }
 
     async def test_while_the_database_is_away(self, database_url: str) -> None:
@@ -255,22 +257,6 @@ class TestHistory:
             assert "127.0.0.1" not in response.text
             proxy.resume()
             assert (await client.get(path("room"))).status_code == 200
-
-
-@asynccontextmanager
-async def serve(app: FastAPI) -> AsyncIterator[str]:
-    """Run uvicorn; the address that it listens on."""
-    config = uvicorn.Config(app, port=0, log_level="warning", log_config=None)
-    server = uvicorn.Server(config)
-    # Signals are the test runner's.
-    task = asyncio.create_task(server._serve())
-    try:
-        await eventually(lambda: server.started or task.done())
-        (listening,) = server.servers
-        yield f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await task
 
 
 class Recorder(JsonConsumer):
@@ -354,24 +340,6 @@ async def room(layer: PostgresLayer) -> AsyncIterator[Room]:
         yield room
 
 
-async def answer(socket: ClientConnection) -> Any:
-    async with asyncio.timeout(10):
-        return json.loads(await socket.recv())
-
-
-async def ask(socket: ClientConnection, content: object) -> Any:
-    await socket.send(json.dumps(content))
-    return await answer(socket)
-
-
-async def closed(socket: ClientConnection) -> int:
-    """The code that the server closes with."""
-    async with asyncio.timeout(10):
-        await socket.wait_closed()
-    assert socket.close_code is not None
-    return socket.close_code
-
-
 @pytest.fixture
 def errors(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What has been logged as an error, by anyone."""
@@ -443,7 +411,8 @@ class TestConsumer:
         await eventually(lambda: room.consumer.codes)
         assert layer._node is not None
         await eventually(lambda: layer._node is not None and not layer._node.streams)
-        assert layer._node.hub._index == {}
+        await eventually(lambda: layer._node is not None and not layer._node.members._members)
+        assert [*layer._node.hub._index] == [MEMBERS]
 
     @pytest.mark.parametrize(
         "frame", ["", "{", "nothing", b"\xff\xfe", b"", b"{", '{"a": NaN}', "[" * 5000]

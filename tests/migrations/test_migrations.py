@@ -328,6 +328,7 @@ def test_the_metadata_is_what_the_migrations_make(database_url: str) -> None:
         "BIGINT": "bigint",
         "TEXT": "text",
         "JSON": "json",
+        "ARRAY": "ARRAY",
         "DATETIME": "timestamp with time zone",
     }
     for described in table.columns:

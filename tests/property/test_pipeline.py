@@ -47,6 +47,7 @@ SMALL = {
     "page_size": 25,
     "buffer_size": 10,
     "poll_interval": 0.2,
+    "heartbeat_interval": 0.5,
     "lease_time": 1.5,
     "prune_interval": 0.3,
 }
