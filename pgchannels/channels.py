@@ -43,6 +43,7 @@ _FORBIDDEN = re.compile(
     r"[\u0000-\u0020\u007f-\u00a0\u00ad\u061c\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f"
     r"\u3000\ud800-\udfff\ufeff\ufff9-\uffff\U000e0000-\U000e0fff+#*]"
 )
+_MAX_PREFIX_LENGTH = MAX_CHANNEL_LENGTH - 50
 # As new_name() makes them; change_memberships() has the same.
 _CONNECTION = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{16}\Z")
 
@@ -76,8 +77,8 @@ def new_name(prefix: str, node: UUID) -> str:
     Raises:
         InvalidChannel: if the prefix is no good, or longer than 150 characters.
     """
-    if len(check_channel(prefix)) > MAX_CHANNEL_LENGTH - 50:
-        raise InvalidChannel(prefix, f"as a prefix it may have {MAX_CHANNEL_LENGTH - 50} characters")
+    if len(check_channel(prefix)) > _MAX_PREFIX_LENGTH:
+        raise InvalidChannel(prefix, f"as a prefix it may have {_MAX_PREFIX_LENGTH} characters")
     return f"{prefix}.{node.hex}.{uuid4().hex[:16]}"
 
 

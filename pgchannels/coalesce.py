@@ -9,22 +9,24 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
-from pgchannels.errors import ChannelLayerClosed, DatabaseError, DatabaseUnavailable
+from pgchannels.errors import (
+    ChannelLayerClosed,
+    DatabaseError,
+    DatabaseUnavailable,
+    PGChannelsError,
+)
 
 __all__ = ["Coalescer"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+_Waiting: TypeAlias = tuple[T, asyncio.Future[R]]
+
 # Seconds that close() leaves for what is under way.
 _CLOSING_TIME = 5.0
-
-
-class _Waiting(NamedTuple, Generic[T, R]):
-    item: T
-    done: asyncio.Future[R]
 
 
 class Coalescer(Generic[T, R]):
@@ -32,7 +34,7 @@ class Coalescer(Generic[T, R]):
 
     Args:
         run: does what is asked for in a list of requests, all or nothing, and returns a result for
-            each.
+            each; an exception among them is raised for that request alone.
         max_items: requests in a batch.
         max_size: what the sizes in a batch may add up to, give or take one request.
         size: of a request.
@@ -40,7 +42,7 @@ class Coalescer(Generic[T, R]):
 
     def __init__(
         self,
-        run: Callable[[Sequence[T]], Awaitable[Sequence[R]]],
+        run: Callable[[Sequence[T]], Awaitable[Sequence[R | PGChannelsError]]],
         *,
         max_items: int,
         max_size: int = 0,
@@ -50,12 +52,13 @@ class Coalescer(Generic[T, R]):
         self._max_items = max_items
         self._max_size = max_size
         self._size = size
+        self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Waiting[T, R]] = deque()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def submit(self, item: T) -> R:
-        """Return the result when the batch that *item* is in has been run.
+    def submit(self, item: T) -> asyncio.Future[R]:
+        """Ask for *item*. The future has the result when the batch that it is in has been run.
 
         Cancelled before that began, it is not done; after that, it may be.
 
@@ -65,11 +68,11 @@ class Coalescer(Generic[T, R]):
         """
         if self._closed:
             raise ChannelLayerClosed
-        done: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(item, done))
+        done: asyncio.Future[R] = self._loop.create_future()
+        self._waiting.append((item, done))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run_all())
-        return await done
+        return done
 
     async def close(self) -> None:
         """Do what is waiting, within a few seconds, and refuse more."""
@@ -100,15 +103,16 @@ class Coalescer(Generic[T, R]):
         size = 0
         while self._waiting and len(batch) < self._max_items and size <= self._max_size:
             waiting = self._waiting.popleft()
-            if not waiting.done.cancelled():
+            item, done = waiting
+            if not done.cancelled():
                 batch.append(waiting)
                 if self._size is not None:
-                    size += self._size(waiting.item)
+                    size += self._size(item)
         return batch
 
     async def _run_batch(self, batch: Sequence[_Waiting[T, R]]) -> None:
         try:
-            results = await self._run([waiting.item for waiting in batch])
+            results = await self._run([item for item, _ in batch])
         except DatabaseUnavailable as error:
             _fail(batch, error)
         except DatabaseError as error:
@@ -119,12 +123,16 @@ class Coalescer(Generic[T, R]):
                 for waiting in batch:
                     await self._run_batch([waiting])
         else:
-            for waiting, result in zip(batch, results, strict=True):
-                if not waiting.done.done():  # not cancelled while it was under way
-                    waiting.done.set_result(result)
+            for (_, done), result in zip(batch, results, strict=True):
+                if done.done():
+                    continue  # cancelled while it was under way
+                if isinstance(result, PGChannelsError):
+                    done.set_exception(result)
+                else:
+                    done.set_result(result)
 
 
-def _fail(batch: Iterable[_Waiting[T, R]], error: DatabaseError) -> None:
-    for waiting in batch:
-        if not waiting.done.done():
-            waiting.done.set_exception(error)
+def _fail(batch: Iterable[_Waiting[Any, Any]], error: DatabaseError) -> None:
+    for _, done in batch:
+        if not done.done():
+            done.set_exception(error)

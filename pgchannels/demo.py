@@ -172,6 +172,7 @@ class Demo:
             # A short lease: what a node has committed in its last moment is sequenced by another
             # one when that has run out.
             "PGCHANNELS_LEASE_TIME": "3",
+            "PGCHANNELS_HEARTBEAT_INTERVAL": "1",
             **os.environ,
             # Not on the command line, which anyone may read.
             "PGCHANNELS_DATABASE_URL": settings.dsn,

@@ -25,8 +25,10 @@ class Batch(Sequence[Message]):
         """Save that everything up to the end of this batch is done.
 
         That includes earlier batches which were not acknowledged. Without a transaction it waits
-        while the database is away, and for one that is still open in which an earlier batch was
-        acknowledged; for a batch that has been covered it does nothing.
+        while the database is away, and for a batch that has been covered it does nothing.
+
+        One after the other: while a transaction is open in which one batch was acknowledged, the
+        next can be acknowledged only in the same.
 
         With one, the same batch can be acknowledged again in a new transaction after a rollback,
         or if it is not known what became of a commit: if it has succeeded, FollowerLost says so.

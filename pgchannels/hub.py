@@ -214,7 +214,7 @@ class Hub:
                 return
             if page.head.floor > self.cursor:
                 for subscriber in {s for each in self._index.values() for s in each}:
-                    subscriber.missed()
+                    subscriber.missed(page.head.floor)
             everything = await self._hand_out(page, complete=channels is None)
             if not page.full and not everything:
                 return

@@ -8,7 +8,7 @@ things with the same words; a layer implements what is abstract.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -461,10 +461,10 @@ class ChannelLayer(ABC):
     # What a layer implements
 
     @abstractmethod
-    async def _publish(self, message: Outgoing) -> Receipt: ...
+    def _publish(self, message: Outgoing) -> Awaitable[Receipt]: ...
 
     @abstractmethod
-    async def _publish_ephemeral(self, message: Outgoing) -> None: ...
+    def _publish_ephemeral(self, message: Outgoing) -> Awaitable[None]: ...
 
     @abstractmethod
     async def _read_history(
@@ -494,7 +494,10 @@ def outgoing(
 ) -> Outgoing:
     """Check and encode a message; *extra* are headers of our own."""
     encoded = encode_payload(payload, max_size=settings.max_message_size, serializer=serializer)
-    own = dict(extra or {})
+    if ttl is None:
+        ttl = settings.default_ttl or None
+    lifetime = None if ttl is None else check_ttl(ttl)
+    own = dict(extra) if extra else {}
     if encoded.pointers:
         own[ATTACHMENTS] = orjson.dumps(encoded.pointers).decode()
     if isinstance(payload, Envelope):
@@ -504,14 +507,14 @@ def outgoing(
     return Outgoing(
         channel,
         encoded.text,
-        check_ttl(ttl if ttl is not None else settings.default_ttl or None),
-        _encode_headers(headers, own),
+        lifetime,
+        _encode_headers(headers, own) if headers or own else None,
         encoded.attachments,
         key,
     )
 
 
-def _encode_headers(headers: Mapping[str, str] | None, own: Mapping[str, str]) -> str | None:
+def _encode_headers(headers: Mapping[str, str] | None, own: Mapping[str, str]) -> str:
     if headers:
         given: Mapping[Any, Any] = headers  # they may come from anywhere
         for name, value in given.items():
@@ -525,8 +528,6 @@ def _encode_headers(headers: Mapping[str, str] | None, own: Mapping[str, str]) -
             raise InvalidMessage(f"the headers cannot be encoded: {error}") from error
         if size > MAX_HEADERS_SIZE:
             raise InvalidMessage(f"the headers have {size} bytes; at most {MAX_HEADERS_SIZE}")
-    elif not own:
-        return None
     return orjson.dumps({**(headers or {}), **own}).decode()
 
 

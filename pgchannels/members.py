@@ -220,7 +220,7 @@ class Members:
             for name in known:
                 self._look(name)
 
-    def missed(self) -> None:
+    def missed(self, floor: int = 0) -> None:
         """Such news may have been lost."""
         self._receivers.look()
         for name in self._members:
@@ -245,7 +245,9 @@ class Members:
         now = asyncio.get_running_loop().time()
         interval = self._settings.heartbeat_interval
         is_due = self._renewed_at is None or now - self._renewed_at >= interval
-        if is_due and await self._renew():
+        if is_due:
+            if not await self._renew():
+                return  # memberships that are being removed now have not been ended by anyone
             self._renewed_at = now
             await self._session.fetch("sweep_ephemeral", _EPHEMERAL_TIME)
         if self._to_look_at:
@@ -299,6 +301,7 @@ class Members:
         ]
         for changes in _in_parts(groups):
             await self._change(changes)
+        self._receivers.look([member.name for member in members])
 
     async def _reap(self) -> bool:
         """Remove some of what lived by leases that have run out; say whether there may be more."""

@@ -336,8 +336,7 @@ class _Node:
         for name in (message.channel,) if recipients is None else recipients:
             for subscriber in list(self._index.get(name, ())):
                 subscriber.offer(message)
-        if not message.ephemeral:
-            self.cursor = message.id
+        self.cursor = message.id
 
     def reader_free(self, name: str) -> None:
         for follower in self.followers:

@@ -172,7 +172,7 @@ class MemoryFollower(Follower):
         self._idle = False
         self.look()
 
-    def missed(self) -> None:
+    def missed(self, floor: int) -> None:
         """For the source. That messages are gone shows when they are read."""
 
     def done(self, term: _Term, upto: int) -> None:

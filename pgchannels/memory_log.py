@@ -10,7 +10,7 @@ import asyncio
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from heapq import heappop, heappush, merge
 from itertools import count
@@ -158,7 +158,7 @@ class MemoryLog:
         self.advance()
         key = None if outgoing.key is None else (outgoing.channel, outgoing.key)
         if key is not None and key in self._keys:
-            return replace(self._keys[key], repeated=True)
+            return self._keys[key]._replace(repeated=True)
         self._check_capacity(outgoing.channel, settings.capacity)
         receipt = Receipt(self._append(outgoing, serializer).created_at)
         if key is not None:
@@ -260,7 +260,9 @@ class MemoryLog:
     def take(self, name: str) -> Message | None:
         """The next message for the receivers of a channel, which is then no other's."""
         now = self.advance()
-        channel = self._channels.setdefault(name, Channel(0, now))
+        # A connection's channel that is gone is no new one: what came before may have been taken.
+        start = self.head_id if is_connection(name) else 0
+        channel = self._channels.setdefault(name, Channel(start, now))
         channel.used_at = now
         starts = {
             member.group: max(channel.cursor, member.since) for member in self.members.of(name)

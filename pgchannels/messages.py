@@ -242,12 +242,11 @@ class Message(Mapping[str, Any]):
                 if self.ephemeral
                 else f'"id":{self.id},"position":"{self.epoch}-{self.id}"'
             )
-            encoded = (b64encode(content).decode() for content in self.attachments)
-            attachments = (
-                f',"attachments":{orjson.dumps(dict(zip(self.pointers, encoded, strict=False))).decode()}'
-                if self._attachments
-                else ""
-            )
+            attachments = ""
+            if self._attachments:
+                encoded = (b64encode(content).decode() for content in self._attachments)
+                by_pointer = dict(zip(self.pointers, encoded, strict=False))
+                attachments = f',"attachments":{orjson.dumps(by_pointer).decode()}'
             self._envelope = (
                 f'{{{place},"channel":{orjson.dumps(self.channel).decode()},'
                 f'"created_at":"{created_at}","data":{self.payload}{attachments}}}'

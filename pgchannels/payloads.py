@@ -21,6 +21,8 @@ __all__ = ["JSONSerializer", "Payload", "Serializer", "attach", "encode_payload"
 
 Bytes = (bytes, bytearray, memoryview)
 
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
 # As deep as orjson goes. Deeper, or circular, and nothing could be encoded anyway.
 _MAX_DEPTH = 254
 
@@ -121,10 +123,11 @@ def encode_payload(payload: object, *, max_size: int, serializer: Serializer = D
     if serializer is not DEFAULT:
         _check_object(text)
     size = len(text) if text.isascii() else len(text.encode())
-    size += sum(map(len, attachments))
+    if attachments:
+        size += sum(map(len, attachments))
     if size > max_size:
         raise MessageTooLarge(size, max_size)
-    return Payload(text, tuple(attachments), tuple(pointers))
+    return Payload(text, tuple(attachments), tuple(pointers)) if attachments else Payload(text)
 
 
 def attach(data: dict[str, Any], pointers: Sequence[str], attachments: Sequence[bytes]) -> None:
@@ -206,6 +209,8 @@ def _check_depth(values: Iterable[Any], depth: int) -> None:
     if not depth:
         raise ValueError("it is nested too deep")
     for value in values:
+        if type(value) in _SCALARS:
+            continue  # nearly all are
         if isinstance(value, dict):
             _check_depth(value.values(), depth - 1)
         elif isinstance(value, (list, tuple)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from pgchannels.channels import check_channel
@@ -185,11 +185,11 @@ class PostgresLayer(ChannelLayer):
         if node is not None:
             node.wake()
 
-    async def _publish(self, message: Outgoing) -> Receipt:
-        return await self._opened.publisher.publish(message)
+    def _publish(self, message: Outgoing) -> Awaitable[Receipt]:
+        return self._opened.publisher.publish(message)
 
-    async def _publish_ephemeral(self, message: Outgoing) -> None:
-        await self._opened.publisher.publish_ephemeral(message)
+    def _publish_ephemeral(self, message: Outgoing) -> Awaitable[None]:
+        return self._opened.publisher.publish_ephemeral(message)
 
     async def _read_history(
         self, channel: str, *, after: int, before: int, newest_first: bool, limit: int

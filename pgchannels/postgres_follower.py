@@ -13,8 +13,9 @@ Why each message takes effect once and only once, if all effects are in such tra
   row's lock. So it reads from a position that no open transaction is about to move, and from then
   on no earlier holder's update finds the row any more. Nor does an earlier one of its own: it takes
   the position anew, too, when it begins anew.
-- Updates are serialised by the row's lock, which is held until the effects commit or roll back. The
-  second one looks at the position that the first has left.
+- Updates are serialised by the row's lock, which is held until the effects commit or roll back. One
+  that has waited for it looks again, at what the other has left. One that finds the position
+  elsewhere already in its snapshot does not even wait, and fails.
 - "Where I left it" is what the previous ack has moved it to, whether its transaction has committed
   or not; that cannot be known here. If it was rolled back, the position is not there, the ack of
   the *next* batch fails, and reading begins anew with the batch that was rolled back. Nothing is
@@ -49,8 +50,7 @@ from pgchannels.errors import (
 )
 from pgchannels.follower import Batch, Follower
 from pgchannels.messages import Message, Position
-from pgchannels.records import FollowerStatus
-from pgchannels.transactions import Move, Moved, move_in_transaction
+from pgchannels.records import FollowerStatus, Move, Moved
 
 if TYPE_CHECKING:
     from pgchannels.settings import Settings
@@ -370,6 +370,9 @@ class PostgresFollower(Follower):
         progress = term.progress
         while not term.lost and (before := progress.before(id)) is not None:
             move = Move(self._name, self._holder, term.epoch, [before], id, progress.transaction)
+            # Here, for it brings SQLAlchemy with it, which not everybody needs.
+            from pgchannels.transactions import move_in_transaction
+
             moved = await move_in_transaction(transaction, self._settings.schema_name, move)
             if moved is not None:
                 progress.move(before, moved)
@@ -507,8 +510,9 @@ class PostgresFollower(Follower):
                 raise
         if not rows:
             return
-        if rows[0]["position"] == before:
-            progress.commit(after)
+        position = rows[0]["position"]
+        if position in (before, after):
+            progress.commit(position)
         elif self._iterating:
             self._lose(term)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -35,27 +35,24 @@ class Publisher:
         self._settings = settings
         self._store = store
         self._published = published
-        self._stored = Coalescer[Outgoing, Receipt | ChannelFull](
+        self._stored = Coalescer[Outgoing, Receipt](
             self._insert, max_items=_MAX_MESSAGES, max_size=_MAX_CHARACTERS, size=_size
         )
         self._ephemeral = Coalescer[Outgoing, None](
             self._insert_ephemeral, max_items=_MAX_EPHEMERAL, max_size=_MAX_CHARACTERS, size=_size
         )
 
-    async def publish(self, message: Outgoing) -> Receipt:
-        """Return when *message* is committed; see :meth:`Coalescer.submit`.
+    def publish(self, message: Outgoing) -> Awaitable[Receipt]:
+        """The receipt, when *message* is committed; see :meth:`Coalescer.submit`.
 
         Raises:
             ChannelFull: as many messages wait in its channel as may.
         """
-        result = await self._stored.submit(message)
-        if isinstance(result, ChannelFull):
-            raise result
-        return result
+        return self._stored.submit(message)
 
-    async def publish_ephemeral(self, message: Outgoing) -> None:
-        """Return when *message* is on its way."""
-        await self._ephemeral.submit(message)
+    def publish_ephemeral(self, message: Outgoing) -> Awaitable[None]:
+        """Done when *message* is on its way."""
+        return self._ephemeral.submit(message)
 
     async def close(self) -> None:
         """Publish what is waiting, within a few seconds, and refuse more."""
@@ -82,7 +79,8 @@ class Publisher:
 
 
 def _size(message: Outgoing) -> int:
-    return len(message.payload) + sum(map(len, message.attachments))
+    size = len(message.payload)
+    return size + sum(map(len, message.attachments)) if message.attachments else size
 
 
 def _is_plain(message: Outgoing) -> bool:

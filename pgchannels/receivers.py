@@ -61,20 +61,23 @@ class _Waiter:
 class _Inbox:
     """A channel that is received from here. Registered with the hub, as a reason to look."""
 
-    def __init__(self, name: str, look: Callable[[_Inbox], None]) -> None:
+    def __init__(self, name: str, ask: Callable[[_Inbox], None]) -> None:
         self.name = name
         self.waiters: OrderedDict[_Waiter, None] = OrderedDict()
         self.watched: set[str] = set()
         self.idle_since = 0.0
-        self._look = look
+        self._ask = ask
 
     def offer(self, message: Message) -> None:
         if not message.ephemeral and message.is_for(self.name):
-            self.missed()
+            self.look()
 
-    def missed(self) -> None:
+    def missed(self, floor: int) -> None:
+        self.look()
+
+    def look(self) -> None:
         if self.waiters:
-            self._look(self)
+            self._ask(self)
 
     def next_waiter(self) -> _Waiter | None:
         """Take the one that has waited longest."""
@@ -145,7 +148,7 @@ class Receivers:
         """Something about these channels has changed, their groups say; or about any."""
         for name in self._inboxes if channels is None else channels:
             if (inbox := self._inboxes.get(name)) is not None:
-                inbox.missed()
+                inbox.look()
 
     async def run(self) -> None:
         self._finished.clear()

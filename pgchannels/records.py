@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeAlias
+from uuid import UUID
 
 from pgchannels.messages import Message, Position
 
@@ -14,6 +15,8 @@ __all__ = [
     "Head",
     "HistoryPage",
     "LogPage",
+    "Move",
+    "Moved",
     "Outgoing",
     "PresenceBy",
     "Present",
@@ -60,8 +63,7 @@ class LogPage(NamedTuple):
         return self.messages[-1].id if self.full else self.head.id
 
 
-@dataclass(frozen=True)
-class Receipt:
+class Receipt(NamedTuple):
     """What became of a message that was sent."""
 
     created_at: datetime
@@ -97,6 +99,27 @@ class Present:
     """As given with the channel; of a user with several, that of the newest."""
     joined_at: datetime
     """When the first of the connections joined, by the database's clock."""
+
+
+class Move(NamedTuple):
+    """A position that is to move, and on which conditions: parameters of ``save_follower``."""
+
+    name: str
+    holder: UUID
+    epoch: int
+    before: list[int]
+    """Where it must be now, …"""
+    after: int
+    transaction: str | None = None
+    """… unless this very transaction has moved it there already, or further."""
+
+
+class Moved(NamedTuple):
+    """A follower's position that has been moved."""
+
+    position: int
+    transaction: str
+    """The id of the transaction that the move is a part of; the same in its savepoints."""
 
 
 @dataclass(frozen=True)

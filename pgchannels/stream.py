@@ -30,8 +30,8 @@ class Subscriber(Protocol):
 
     def offer(self, message: Message) -> None: ...
 
-    def missed(self) -> None:
-        """Retention has removed messages before they could be offered."""
+    def missed(self, floor: int) -> None:
+        """Retention has removed messages, up to this id, before they could be offered."""
 
 
 class Source(Protocol):
@@ -225,9 +225,9 @@ class Stream:
         ):
             self._wake()
 
-    def missed(self) -> None:
-        """For the source: messages are gone that it had still to offer."""
-        self._subscription.missed()
+    def missed(self, floor: int) -> None:
+        """For the source: messages up to *floor* are gone that it had still to offer."""
+        self._subscription.missed(floor)
         self._wake()
 
     async def batch(self) -> list[Message]:

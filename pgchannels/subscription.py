@@ -124,9 +124,11 @@ class Subscription:
             self.state = State.REPLAYING
         return True
 
-    def missed(self) -> None:
-        """The hub could not offer what retention has removed. Who replays sees that by itself."""
-        if self.state is State.LIVE:
+    def missed(self, floor: int) -> None:
+        """The hub could not offer all up to *floor*. Who replays sees that by itself."""
+        if self.state is State.LIVE and any(
+            max(self._cursor, self._ahead.get(channel, -1)) < floor for channel in self._channels
+        ):
             self.truncated = True
 
     def next_read(self) -> Read | None:

@@ -6,8 +6,7 @@ The one statement that this is about runs on the caller's connection, whatever t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-from uuid import UUID
+from typing import Any
 
 import asyncpg
 from sqlalchemy import Connection, Text, Update, and_, cast, func, or_, update
@@ -16,29 +15,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 
 from pgchannels.errors import ConfigurationError
+from pgchannels.records import Move, Moved
 from pgchannels.schema import followers
 from pgchannels.sql import load_queries
 
-__all__ = ["Move", "Moved", "check_transaction", "move_in_transaction"]
-
-
-class Move(NamedTuple):
-    """A position that is to move, and on which conditions: parameters of ``save_follower``."""
-
-    name: str
-    holder: UUID
-    epoch: int
-    before: list[int]
-    """Where it must be now, …"""
-    after: int
-    transaction: str | None = None
-    """… unless this very transaction has moved it there already, or further."""
-
-
-class Moved(NamedTuple):
-    position: int
-    transaction: str
-    """The id of the transaction that the move is a part of; the same in its savepoints."""
+__all__ = ["check_transaction", "move_in_transaction"]
 
 
 async def move_in_transaction(transaction: Any, schema: str, move: Move) -> Moved | None:

@@ -76,7 +76,6 @@ create table pgchannels.followers (
     position bigint not null,
     epoch integer not null,
     holder uuid,
-    expires_at timestamptz,
     created_at timestamptz not null default clock_timestamp(),
     moved_at timestamptz not null default clock_timestamp(),
     constraint followers_pkey primary key (name)

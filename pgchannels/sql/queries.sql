@@ -307,8 +307,12 @@ select pgchannels.requeue_stragglers();
 -- Receivers
 
 -- name: add_receiver
--- A channel that somebody receives from has a row.
-insert into pgchannels.channels (name) select unnest($1::text[]) on conflict (name) do nothing;
+-- A channel that somebody receives from has a row. That of a connection had one, which is gone (its
+-- node was declared dead, say): it begins now, for what came before may have been received.
+insert into pgchannels.channels (name, cursor)
+select n.name, case when n.name ~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$' then b.head else 0 end
+  from unnest($1::text[]) n(name) cross join pgchannels.bounds b
+on conflict (name) do nothing;
 
 -- name: claim
 -- Take messages for receivers that wait: up to $2 for each channel of $1, its own and those of its
@@ -533,16 +537,18 @@ returning f.position, pg_current_xact_id()::text;
 
 -- name: advance_follower
 -- Move the position from $4 to $5, unless a transaction that has moved it is still open. Returns
--- where it was.
+-- where it is then. That it is at $4 is looked up in the row that is locked: the update would first
+-- look at the one in its snapshot, which may be older.
 with unlocked as (
     select f.position from pgchannels.followers f
      where f.name = $1 and f.holder = $2::uuid and f.epoch = $3::integer
        for update skip locked
 ), moved as (
     update pgchannels.followers f set position = $5::bigint, moved_at = clock_timestamp()
-      from unlocked u where f.name = $1 and u.position = $4::bigint and f.position = $4 and $5 > $4
+      from unlocked u where f.name = $1 and u.position = $4::bigint and $5 > $4
+    returning f.position
 )
-select u.position from unlocked u;
+select coalesce(m.position, u.position) as position from unlocked u left join moved m on true;
 
 -- name: followers
 -- What has come for each is counted channel by channel, on the index that read_channels uses too.

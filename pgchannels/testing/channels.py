@@ -103,7 +103,7 @@ class GroupTests:
         await until(left)
 
     async def test_memberships_of_ordinary_channels_expire(self, make_layer: MakeLayer) -> None:
-        layer = await make_layer(group_expiry=1.0, prune_interval=0.1)
+        layer = await make_layer(group_expiry=2.0, prune_interval=0.1)
         channel = await layer.new_channel()
         await layer.group_add("room", "jobs")
         await layer.group_add("room", channel)

@@ -105,8 +105,8 @@ class FollowingTests:
             read = [await next_batch(batches) for _ in range(3)]
             assert [numbers(batch) for batch in read] == [[0, 1], [2, 3], [4, 5]]
             await read[1].ack()
-            await read[0].ack()
             await read[1].ack()
+            await read[0].ack()
         async with other.follow("orders", name="billing") as batches:
             assert numbers(await next_batch(batches)) == [4, 5]
 
@@ -217,10 +217,10 @@ class FollowingTests:
 
     async def test_messages_that_were_not_retained(self, make_layer: MakeLayer) -> None:
         layer = await make_layer(retention=timedelta(seconds=1), prune_interval=0.1)
-        await send_numbers(layer, "orders", [0])
-        async with layer.follow("orders", name="billing", after="0") as batches:
-            await work(batches, 1)
-        await send_numbers(layer, "orders", [1, 2])
+        async with layer.follow("orders", name="billing"):
+            pass
+        await layer.send("orders", {"n": 1})
+        await layer.send("orders", {"n": 2})
 
         async def gone() -> bool:
             await layer.send("other", {})
@@ -233,7 +233,6 @@ class FollowingTests:
         async with layer.follow("orders", name="new", after="0") as batches:
             await layer.send("orders", {"n": 3})
             assert numbers(await work(batches, 1)) == [3]
-            assert not batches.truncated
 
     async def test_bad_arguments(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()

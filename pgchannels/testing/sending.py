@@ -239,7 +239,7 @@ class SendingTests:
     async def test_ttl(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
         async with layer.subscribe("room") as stream:
-            await layer.send("room", {"n": 1}, ttl=1.5)
+            await layer.send("room", {"n": 1}, ttl=2.5)
             await layer.send("room", {"n": 2}, ttl=timedelta(hours=1))
             await layer.send("room", {"n": 3})
             assert numbers(await take(stream, 3)) == [1, 2, 3]
@@ -265,7 +265,7 @@ class SendingTests:
         await until(expired)
 
     async def test_messages_are_retained_for_a_time(self, make_layer: MakeLayer) -> None:
-        layer = await make_layer(retention=timedelta(seconds=1), prune_interval=0.1)
+        layer = await make_layer(retention=timedelta(seconds=2), prune_interval=0.1)
         sent = await send_numbers(layer, "room", range(3))
 
         async def gone() -> bool:

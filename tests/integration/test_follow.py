@@ -623,6 +623,26 @@ class TestInATransaction:
                 with pytest.raises(FollowerLost):
                     await work(quick_way, second)
 
+    async def test_two_that_are_open_at_once(
+        self, layer: PostgresLayer, connection: Any, database_url: str, quick_way: Way
+    ) -> None:
+        """The second cannot know what will become of the first."""
+        async with layer.follow("a", name="f") as follower:
+            first, second = await one_by_one(layer, follower, 1, 2)
+            await work(quick_way, first)
+            async with async_session(database_url) as another, rolled_back(another):
+                with pytest.raises(FollowerLost):
+                    await work(another, second)
+            reader = asyncio.create_task(following(follower))
+            await renewed(connection)
+            assert not reader.done()
+            await commit(quick_way)
+            again = await reader
+            assert ns(again) == [2]
+            await work(quick_way, again)
+            await commit(quick_way)
+        assert await effects(connection) == [1, 2]
+
     async def test_a_savepoint_that_is_rolled_back(
         self, layer: PostgresLayer, connection: Any, quick_way: Way
     ) -> None:
@@ -1030,6 +1050,20 @@ class TestQuietness:
             async with connection.transaction():
                 await batch.ack(connection)
             assert (await status(layer)).lag == 0
+
+    async def test_it_does_not_wait_for_a_transaction(
+        self, layer: PostgresLayer, connection: Any, quick_way: Way
+    ) -> None:
+        """The transaction might have to wait for it, to acknowledge one more."""
+        async with layer.follow("a", name="f") as follower, asyncio.timeout(10):
+            (first,) = await one_by_one(layer, follower, 1)
+            await work(quick_way, first)
+            await fill(layer, "b", 2)
+            await renewed(connection, times=3)
+            (second,) = await one_by_one(layer, follower, 3)
+            await second.ack(quick_way.transaction)
+            await commit(quick_way)
+            assert await saved(layer) == second.position.id
 
     async def test_it_stays_while_reading_has_not_begun(
         self, layer: PostgresLayer, connection: Any, monkeypatch: pytest.MonkeyPatch

@@ -92,16 +92,19 @@ class Bystander(JsonConsumer):
         await self.send_json("ready")
 
 
+# Not asynchronous: the first database that is asked for is migrated in an event loop of its own.
 @pytest.fixture(params=["memory", "postgres"])
-async def layer(request: pytest.FixtureRequest) -> AsyncIterator[ChannelLayer]:
-    layer: ChannelLayer
+def unopened(request: pytest.FixtureRequest) -> ChannelLayer:
     if request.param == "memory":
-        layer = MemoryLayer(Settings(max_message_size=LARGEST))
-    else:
-        url = request.getfixturevalue("database_url")
-        layer = PostgresLayer(Settings(database_url=url, max_message_size=LARGEST))
-    async with layer:
-        yield layer
+        return MemoryLayer(Settings(max_message_size=LARGEST))
+    url = request.getfixturevalue("database_url")
+    return PostgresLayer(Settings(database_url=url, max_message_size=LARGEST))
+
+
+@pytest.fixture
+async def layer(unopened: ChannelLayer) -> AsyncIterator[ChannelLayer]:
+    async with unopened:
+        yield unopened
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,11 +15,12 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from psycopg.rows import scalar_row
+from sqlalchemy import Table
 
 from pgchannels import migrate
 from pgchannels.bundled import bundled
 from pgchannels.embedded import EmbeddedPostgres
-from pgchannels.schema import NEEDED_REVISION, REVISIONS, VERSION_TABLE, outbox
+from pgchannels.schema import NEEDED_REVISION, REVISIONS, VERSION_TABLE, followers, outbox
 from pgchannels.settings import Settings
 from tests.support.processes import Processes
 
@@ -315,17 +316,23 @@ def test_the_revisions_are_those_of_the_scripts() -> None:
     assert tuple(script.revision for script in reversed(scripts)) == REVISIONS
 
 
-def test_the_metadata_is_what_the_migrations_make(database_url: str) -> None:
-    table = outbox("pgchannels")
+@pytest.mark.parametrize("describe", [outbox, followers])
+def test_the_metadata_is_what_the_migrations_make(
+    database_url: str, describe: Callable[[str], Table]
+) -> None:
+    table = describe("pgchannels")
     with psycopg.connect(database_url) as connection:
         rows = connection.execute(
             "select column_name, data_type, is_nullable, is_identity, column_default is not null"
             "  from information_schema.columns"
-            " where table_schema = 'pgchannels' and table_name = 'outbox'"
+            " where table_schema = 'pgchannels' and table_name = %s",
+            [table.name],
         ).fetchall()
     made = {row[0]: row[1:] for row in rows}
     types = {
         "BIGINT": "bigint",
+        "INTEGER": "integer",
+        "CHAR(32)": "uuid",
         "TEXT": "text",
         "JSON": "json",
         "ARRAY": "ARRAY",
@@ -336,6 +343,8 @@ def test_the_metadata_is_what_the_migrations_make(database_url: str) -> None:
         assert types[str(described.type)] == data_type, described.name
         assert described.nullable == (nullable == "YES"), described.name
         assert (described.identity is not None) == (identity == "YES"), described.name
+    if table.name != "outbox":
+        return
     # What a publisher does not fill in, the database does.
     for name in made.keys() - {described.name for described in table.columns}:
         _, nullable, _, has_default = made[name]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgchannels.postgres_follower import Progress
-from pgchannels.transactions import Moved
+from pgchannels.records import Moved
 
 
 class Row:

@@ -1,36 +1,31 @@
-"""Positions, channel names, payloads and messages: the laws that every other module relies on."""
+"""Positions, times to live and messages: the laws that every other module relies on."""
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict, UserDict
-from dataclasses import dataclass, field
+from base64 import b64decode
 from datetime import UTC, datetime, timedelta, timezone
-from enum import Enum
-from types import MappingProxyType
-from typing import Any, ClassVar
-from uuid import UUID
+from typing import Any
 
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgchannels.errors import (
-    InvalidChannel,
-    InvalidMessage,
-    InvalidPayload,
-    InvalidPosition,
-    MessageTooLarge,
-)
+from pgchannels.channels import DIRECT
+from pgchannels.errors import InvalidMessage, InvalidPayload, InvalidPosition
 from pgchannels.messages import (
+    ATTACHMENTS,
     BEGINNING,
+    EXCEPT,
+    FRAME,
+    ONLY,
     Message,
     Position,
-    check_channel,
     check_ttl,
-    encode_payload,
 )
+from pgchannels.payloads import attach, encode_payload
+from tests.support.payloads import payloads, payloads_with_bytes, texts
 
 NAN = float("nan")
 INFINITY = float("inf")
@@ -41,24 +36,26 @@ positions = st.builds(
     st.integers(min_value=1, max_value=999_999_999),
     st.integers(min_value=0, max_value=2**63 - 1),
 )
-# What orjson and the standard library read and write alike: 64-bit integers, finite floats, text
-# that UTF-8 can carry.
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(min_value=-(2**63), max_value=2**64 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | texts
-)
-values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3)
-)
-payloads = st.dictionaries(texts, values, max_size=4)
 
 
-def message(payload: str = '{"text": "hello"}', *, id: int = 7, epoch: int = 1) -> Message:
-    return Message(id, "room:1", payload, CREATED, len(payload.encode()), epoch)
+def message(
+    payload: str = '{"text": "hello"}',
+    *,
+    id: int = 7,
+    epoch: int = 1,
+    channel: str = "room:1",
+    headers: dict[str, Any] | str | None = None,
+    **options: Any,
+) -> Message:
+    text = json.dumps(headers) if isinstance(headers, dict) else headers
+    return Message(id, channel, payload, CREATED, len(payload.encode()), epoch, text, **options)
+
+
+def with_bytes(payload: dict[str, Any], **options: Any) -> Message:
+    """As it comes back after *payload* was sent."""
+    encoded = encode_payload(payload, max_size=2**20)
+    headers = {ATTACHMENTS: json.dumps(encoded.pointers)} if encoded.pointers else None
+    return message(encoded.text, headers=headers, attachments=encoded.attachments, **options)
 
 
 class TestPosition:
@@ -237,3 +234,177 @@ class TestMessage:
     def test_repr_is_short(self) -> None:
         assert repr(message()) == '<Message 1-7 \'room:1\' {"text": "hello"}>'
         assert len(repr(message('{"a": "' + "x" * 10_000 + '"}'))) < 150
+
+    def test_its_type(self) -> None:
+        assert message('{"type": "chat"}').type == "chat"
+        for payload in ("{}", '{"type": null}', '{"type": 5}', '{"type": ["chat"]}'):
+            assert message(payload).type is None
+
+    def test_to_dict(self) -> None:
+        assert message('{"a": [1]}').to_dict() == {
+            "id": 7,
+            "position": "1-7",
+            "channel": "room:1",
+            "created_at": "2026-03-28T23:30:00.123456+00:00",
+            "data": {"a": [1]},
+        }
+
+    @given(payloads)
+    def test_the_envelope_is_its_json(self, payload: dict[str, Any]) -> None:
+        m = with_bytes(payload)
+        assert orjson.loads(m.envelope) == m.to_dict()
+
+    def test_a_serializer_of_ones_own_reads_it(self) -> None:
+        class Loud:
+            def dumps(self, payload: Any) -> str:
+                raise NotImplementedError
+
+            def loads(self, text: str) -> dict[str, Any]:
+                loaded: dict[str, Any] = json.loads(text.upper())
+                return loaded
+
+        assert dict(message('{"a": "b"}', serializer=Loud())) == {"A": "B"}
+
+    def test_one_that_recurses_too_deep_is_told_of(self) -> None:
+        class Standard:
+            def dumps(self, payload: Any) -> str:
+                raise NotImplementedError
+
+            def loads(self, text: str) -> dict[str, Any]:
+                loaded: dict[str, Any] = json.loads(text)
+                return loaded
+
+        deep = message('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", serializer=Standard())
+        with pytest.raises(InvalidPayload, match="message 7"):
+            deep["a"]
+
+
+class TestHeaders:
+    def test_none(self) -> None:
+        for m in (message(), message(headers={})):
+            assert dict(m.headers) == {}
+            assert m.recipients is None
+            assert m.pointers == ()
+
+    def test_texts_by_name(self) -> None:
+        m = message(headers={"trace": "ä", "x": "", "n": 5, "none": None, "list": ["a"]})
+        assert dict(m.headers) == {"trace": "ä", "x": ""}
+
+    def test_sockets_do_not_get_them(self) -> None:
+        m = message(headers={"secret": "trace", EXCEPT: "ws.1", FRAME: "json"})
+        for hidden in ("secret", "trace", "ws.1", "pgchannels"):
+            assert hidden not in m.envelope
+            assert hidden not in str(m.to_dict())
+
+    @pytest.mark.parametrize(
+        "text", ["[]", "null", "5", '"text"', '{"a": 1e999}', "[" * 2000 + "]" * 2000]
+    )
+    def test_whatever_sql_has_published(self, text: str) -> None:
+        m = message(headers=text)
+        assert dict(m.headers) == {}
+        assert m.is_for(None)
+        assert m.is_for("ws.1")
+
+    @pytest.mark.parametrize("value", ["", "x", "{}", '"a"', "[1, null]", "5"])
+    def test_lists_that_are_none(self, value: str) -> None:
+        m = message(headers={ATTACHMENTS: value, ONLY: value})
+        assert list(m.pointers) == []
+        assert m.recipients is not None
+        assert not m.recipients
+        assert not m.is_for("a")
+
+
+class TestRecipients:
+    def test_whoever_reads(self) -> None:
+        for m in (message(), message(headers={"a": "b"})):
+            assert m.recipients is None
+            assert m.is_for(None)
+            assert m.is_for("ws.1")
+
+    def test_all_but_one(self) -> None:
+        m = message(headers={EXCEPT: "ws.1"})
+        assert m.recipients is None
+        assert m.is_for(None)  # who reads without being a member
+        assert m.is_for("ws.2")
+        assert not m.is_for("ws.1")
+
+    def test_several(self) -> None:
+        m = message(channel=DIRECT, headers={ONLY: '["ws.1", "ws.2"]'})
+        assert m.recipients is not None
+        assert sorted(m.recipients) == ["ws.1", "ws.2"]
+        assert m.is_for("ws.1")
+        assert m.is_for("ws.2")
+        assert not m.is_for("ws.3")
+        assert not m.is_for(None)
+
+    @pytest.mark.parametrize("headers", [None, {}, {"a": "b"}, "[]", '{"a": 1e999}'])
+    def test_nobody(self, headers: Any) -> None:
+        m = message(channel=DIRECT, headers=headers)
+        assert m.recipients is not None
+        assert not m.recipients
+        assert not m.is_for(None)
+        assert not m.is_for("ws.1")
+
+
+class TestAttachments:
+    @given(payloads_with_bytes)
+    def test_they_come_out_as_they_went_in(self, payload: dict[str, Any]) -> None:
+        m = with_bytes(payload)
+        assert dict(m) == payload
+        assert m.to_dict()["data"] == payload
+
+    @given(payloads_with_bytes)
+    def test_a_socket_can_put_them_back(self, payload: dict[str, Any]) -> None:
+        m = with_bytes(payload)
+        received = json.loads(m.envelope)
+        attachments = received.get("attachments", {})
+        assert set(received) - {"attachments"} == set(m.to_dict())
+        attach(received["data"], [*attachments], [b64decode(a) for a in attachments.values()])
+        assert received["data"] == payload
+
+    def test_the_envelope(self) -> None:
+        m = with_bytes({"a/b": [b"\xff", {"~": b""}]})
+        assert json.loads(m.envelope)["data"] == {"a/b": [None, {"~": None}]}
+        assert json.loads(m.envelope)["attachments"] == {"/a~1b/0": "/w==", "/a~1b/1/~0": ""}
+
+    def test_without_them_there_is_no_such_key(self) -> None:
+        assert set(json.loads(message().envelope)) == {
+            "id",
+            "position",
+            "channel",
+            "created_at",
+            "data",
+        }
+
+    def test_a_place_that_is_not_there(self) -> None:
+        m = message('{"a": 1}', headers={ATTACHMENTS: '["/b/c"]'}, attachments=[b"x"])
+        with pytest.raises(InvalidPayload, match="no place"):
+            m["a"]
+        assert json.loads(m.envelope)["attachments"] == {"/b/c": "eA=="}
+
+
+class TestEphemeral:
+    def test_it_has_no_place_of_its_own(self) -> None:
+        m = message('{"a": 1}', ephemeral=True)
+        assert m.position == Position(1, 7)  # of the last one before it
+        expected = {
+            "ephemeral": True,
+            "channel": "room:1",
+            "created_at": "2026-03-28T23:30:00.123456+00:00",
+            "data": {"a": 1},
+        }
+        assert json.loads(m.envelope) == m.to_dict() == expected
+
+    def test_it_equals_nothing_but_itself(self) -> None:
+        m, same = message(ephemeral=True), message(ephemeral=True)
+        assert m == m
+        assert m != same
+        assert m != message()
+        assert message() != m
+        assert len({m, same, message()}) == 3
+
+    def test_it_can_be_for_some_only(self) -> None:
+        m = message(ephemeral=True, headers={EXCEPT: "ws.1"})
+        assert not m.is_for("ws.1")
+        assert m.is_for("ws.2")
+        assert message(ephemeral=True).is_for(None)
