@@ -271,8 +271,9 @@ class ChannelLayer(ABC):
 
         Raises:
             TimeoutError: nothing came in time.
-            InvalidChannel, ChannelLayerClosed.
-            DatabaseUnavailable: never while waiting: it waits until the database is back.
+            InvalidChannel: for a bad name, or when this layer deletes the channel.
+            ChannelLayerClosed: before, or while waiting.
+            DatabaseUnavailable: never; it waits until the database is back.
         """
 
     @abstractmethod
@@ -523,11 +524,15 @@ def _encode_headers(headers: Mapping[str, str] | None, own: Mapping[str, str]) -
             if name.lower().startswith(OWN_HEADERS):
                 raise InvalidMessage(f"headers named {OWN_HEADERS}… are reserved: {name!r}")
         try:
-            size = len(orjson.dumps(dict(headers)))
+            encoded = orjson.dumps(dict(headers))
         except TypeError as error:
             raise InvalidMessage(f"the headers cannot be encoded: {error}") from error
-        if size > MAX_HEADERS_SIZE:
-            raise InvalidMessage(f"the headers have {size} bytes; at most {MAX_HEADERS_SIZE}")
+        if len(encoded) > MAX_HEADERS_SIZE:
+            raise InvalidMessage(
+                f"the headers have {len(encoded)} bytes; at most {MAX_HEADERS_SIZE} are allowed"
+            )
+        if b"\\u" in encoded.replace(b"\\\\", b""):
+            raise InvalidMessage("headers must not hold control characters")
     return orjson.dumps({**(headers or {}), **own}).decode()
 
 

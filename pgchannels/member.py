@@ -34,8 +34,6 @@ class Member:
         self.streams: set[Stream] = set()
         self.version = 0
         """Counts what has become known; what was read from the database before that is old."""
-        self.changing = 0
-        """Changes of its memberships that are under way from here."""
 
     @property
     def inherited(self) -> Iterator[str]:
@@ -61,7 +59,7 @@ class Member:
         self.presences.pop(group, None)
         if self.groups.pop(group, None) is not None:
             for stream in self.streams:
-                stream.leave(group)
+                stream.unfollow_group(group)
 
     def update(self, user_id: str | None, metadata: str | None) -> None:
         """It is somebody else's, from now on."""
@@ -70,6 +68,6 @@ class Member:
         after = set(self.inherited)
         for stream in self.streams:
             for channel in before - after:
-                stream.leave(channel)
+                stream.unfollow_group(channel)
             for channel in after - before:
                 stream.follow_group(channel, None)

@@ -14,10 +14,10 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import orjson
 
@@ -54,6 +54,8 @@ _AT_A_TIME = 2000
 _CLOSING_TIME = 2.0
 # Seconds that an ephemeral message stays where nodes can read it.
 _EPHEMERAL_TIME = timedelta(seconds=10)
+# The lease is renewed so many times before it runs out, or every heartbeat.
+_RENEWALS = 5
 
 _CHECK_VIOLATION = "23514"
 
@@ -73,6 +75,8 @@ class _Change(NamedTuple):
     channel: str
     adding: bool
     presence: PresenceBy | None
+    since: int
+    """Messages after this are the member's at the latest: the database counts from a later one."""
 
 
 class _Remove(NamedTuple):
@@ -118,7 +122,7 @@ class Members:
         self._to_look_at: set[str] = set()
         self._to_remove: set[str] = set()
         self._wakeup = asyncio.Event()
-        self._renewed_at: float | None = None
+        self._is_alive = True
         self._to_restore = False
         self._is_registered = False
 
@@ -137,11 +141,11 @@ class Members:
         """Register the node."""
         self._hub.register(MEMBERS, self)
         self._is_registered = True
-        await self._register()
+        await self._register(self._name)
 
     async def close(self) -> None:
         """Take leave: everything that lives by this node ends now, or if that cannot be said, when
-        the lease has run out."""
+        the lease has run out. ``run()`` must have ended."""
         await self._changes.close()
         if self._is_registered:
             try:
@@ -154,11 +158,18 @@ class Members:
     async def _take_leave(self) -> None:
         for some in _in_parts([*self._members, *self._to_remove]):
             await self._remove(some)
-        await self._session.fetch("remove_node", self._id)
+        # What is not known of: a request that was cancelled, an answer that was lost.
+        while rows := await self._store.fetch("channels_of", self._id, _AT_A_TIME):
+            await self._remove([row["name"] for row in rows])
+        await self._store.fetch("remove_node", self._id)
 
     async def new_channel(self, prefix: str, user_id: str | None, metadata: str | None) -> str:
         name = new_name(prefix, self._name)
-        await self._changes.submit(_Add(name, user_id, metadata))
+        try:
+            await self._changes.submit(_Add(name, user_id, metadata))
+        except BaseException:
+            self._to_remove.add(name)  # it may have been made
+            raise
         self._members[name] = Member(name, user_id, metadata)
         return name
 
@@ -170,6 +181,7 @@ class Members:
     async def delete_channel(self, name: str) -> None:
         if self._members.pop(name, None) is None:
             return
+        self._receivers.end(name)
         try:
             await self._changes.submit(_Remove(name))
         except asyncio.CancelledError:
@@ -182,13 +194,9 @@ class Members:
     async def change_membership(
         self, group: str, channel: str, *, adding: bool, presence: PresenceBy | None
     ) -> None:
-        # Messages after this are the member's at the latest: the database counts from a later one.
-        since = self._hub.cursor
-        member = self._members.get(channel)
-        if member is not None:
-            member.changing += 1
+        change = _Change(group, channel, adding, presence, self._hub.cursor)
         try:
-            await self._changes.submit(_Change(group, channel, adding, presence))
+            await self._changes.submit(change)
         except DatabaseError as error:
             if error.sqlstate == _CHECK_VIOLATION and presence == "user":
                 raise InvalidMessage(
@@ -196,15 +204,6 @@ class Members:
                 ) from error
             self._look(channel)  # it may have been done, and must then be known here
             raise
-        finally:
-            if member is not None:
-                member.changing -= 1
-        if member is not None:
-            if adding:
-                member.joined(group, since, presence)
-            else:
-                member.left(group)
-        self._receivers.look((channel,))
 
     # For the hub
 
@@ -229,87 +228,102 @@ class Members:
     # The node's life
 
     async def run(self) -> None:
+        # Apart, lest anything that takes its time delay the renewal.
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._again_and_again(self._keep_lease))
+            tasks.create_task(self._again_and_again(self._work))
+
+    async def _again_and_again(self, do: Callable[[], Awaitable[None]]) -> None:
         backoff = Backoff()
         while True:
             try:
-                await self._beat()
+                await do()
                 backoff.reset()
-                settings = self._settings
-                await self._woken_within(min(settings.poll_interval, settings.heartbeat_interval))
             except DatabaseError as error:
-                delay = min(backoff.next(), self._settings.heartbeat_interval)
-                logger.log(error.level, "cannot renew the lease, retry in %.1f s: %s", delay, error)
+                delay = min(backoff.next(), self._renewal)
+                logger.log(error.level, "memberships wait, retry in %.1f s: %s", delay, error)
                 await asyncio.sleep(delay)
 
-    async def _beat(self) -> None:
-        now = asyncio.get_running_loop().time()
-        interval = self._settings.heartbeat_interval
-        is_due = self._renewed_at is None or now - self._renewed_at >= interval
-        if is_due:
-            if not await self._renew():
-                return  # memberships that are being removed now have not been ended by anyone
-            self._renewed_at = now
-            await self._session.fetch("sweep_ephemeral", _EPHEMERAL_TIME)
-        if self._to_look_at:
+    @property
+    def _renewal(self) -> float:
+        return min(self._settings.heartbeat_interval, self._settings.lease_time / _RENEWALS)
+
+    async def _keep_lease(self) -> None:
+        # A gap that others can have had too, with time left for each of them to come back in.
+        gap = timedelta(seconds=self._settings.lease_time - 2 * self._renewal)
+        try:
+            # A connection that has stalled must be given up while there is time for another try.
+            async with asyncio.timeout(self._renewal):
+                rows = await self._session.fetch("renew_node", self._id, gap)
+        except TimeoutError as error:
+            self._session.abort()
+            raise DatabaseUnavailable("no answer in time") from error
+        if not rows:
+            # What lived by the old lease has been removed; nothing of it lies about any more.
+            logger.warning("this node had been declared dead; it registers anew")
+            self._to_restore = True
+            await self._register(uuid4())
+        elif not rows[0]["is_alive"]:
+            logger.warning("this node was declared dead; it comes back when that is settled")
+            self._to_restore = True
+        self._is_alive = not rows or rows[0]["is_alive"]
+        await asyncio.sleep(self._renewal)
+
+    async def _register(self, id: UUID) -> None:
+        info = orjson.dumps({"host": socket.gethostname(), "pid": os.getpid()}).decode()
+        await self._session.fetch("register_node", id, info)
+        self._id = id
+
+    async def _work(self) -> None:
+        # Memberships that are being removed with a lost lease have not been ended by anyone: they
+        # are not looked at before they have been restored.
+        if self._is_alive and self._to_restore:
+            await self._restore()
+        if self._to_look_at and not self._to_restore:
             await self._look_at_memberships()
         for some in _in_parts(list(self._to_remove)):
             await self._remove(some)
             self._to_remove.difference_update(some)
         grace = timedelta(seconds=self._settings.presence_grace)
-        (row,) = await self._session.fetch("settle_departures", grace, _AT_A_TIME)
+        (row,) = await self._store.fetch("settle_departures", grace, _AT_A_TIME)
         if row[0]:
             self._wake_sequencer()
-        if await self._reap():
-            self._wakeup.set()  # there is more to do
-
-    async def _renew(self) -> bool:
-        """Renew the lease; False if it was lost, and cannot be had anew just now."""
-        lease = timedelta(seconds=self._settings.lease_time)
-        try:
-            # A connection that has stalled must be given up while there is time for another try.
-            async with asyncio.timeout(self._settings.heartbeat_interval):
-                rows = await self._session.fetch("renew_node", self._id, lease)
-        except TimeoutError as error:
-            self._session.abort()
-            raise DatabaseUnavailable("no answer in time") from error
-        if rows and not rows[0]["is_alive"]:
-            logger.warning("this node was declared dead; it comes back when that is settled")
-            return False
-        if not rows:
-            # What lived by the old lease has been removed; nothing of it lies about any more.
-            logger.warning("this node had been declared dead; it registers anew")
-            self._id = uuid4()
-            self._to_restore = True
-            await self._register()
-        if self._to_restore:
-            await self._restore()
-            self._to_restore = False
-        return True
-
-    async def _register(self) -> None:
-        info = orjson.dumps({"host": socket.gethostname(), "pid": os.getpid()}).decode()
-        await self._session.fetch("register_node", self._id, info)
+        await self._store.fetch("sweep_ephemeral", _EPHEMERAL_TIME)
+        if not await self._reap():
+            await self._woken_within(min(self._settings.poll_interval, self._renewal))
 
     async def _restore(self) -> None:
-        members = list(self._members.values())
-        for some in _in_parts(members):
-            await self._change([_Add(m.name, m.user_id, m.metadata) for m in some])
-        groups = [
-            _Change(group, member.name, adding=True, presence=member.presences.get(group))
-            for member in members
-            for group in member.groups
-        ]
-        for changes in _in_parts(groups):
-            await self._change(changes)
-        self._receivers.look([member.name for member in members])
+        """Bring back what lived by the lease that was lost."""
+        self._to_restore = False
+        try:
+            # In line with what is asked for now: what has been ended meanwhile stays ended.
+            channels = [_Add(m.name, m.user_id, m.metadata) for m in self._members.values()]
+            await asyncio.gather(*map(self._changes.submit, channels))
+            memberships = [
+                self._membership(member, group)
+                for member in self._members.values()
+                for group in member.groups
+            ]
+            await asyncio.gather(*map(self._changes.submit, memberships))
+        except BaseException:
+            self._to_restore = True
+            raise
+
+    def _membership(self, member: Member, group: str) -> _Change:
+        presence = member.presences.get(group)
+        if presence == "user" and member.user_id is None:
+            presence = None  # it has become nobody's since
+        return _Change(
+            group, member.name, adding=True, presence=presence, since=member.groups[group]
+        )
 
     async def _reap(self) -> bool:
         """Remove some of what lived by leases that have run out; say whether there may be more."""
         lease = timedelta(seconds=self._settings.lease_time)
-        (row,) = await self._session.fetch("reap", self._id, lease, _AT_A_TIME)
+        (row,) = await self._store.fetch("reap", self._id, lease, _AT_A_TIME)
         if row["published"]:
             self._wake_sequencer()
-        return bool(row["removed"])
+        return bool(row["more"])
 
     def _look(self, channel: str) -> None:
         if channel in self._members:
@@ -319,9 +333,11 @@ class Members:
     async def _look_at_memberships(self) -> None:
         names = list(self._to_look_at)[:_AT_A_TIME]
         self._to_look_at.difference_update(names)
+        if self._to_look_at:
+            self._wakeup.set()
         versions = {name: m.version for name in names if (m := self._members.get(name))}
         try:
-            rows = await self._session.fetch("memberships_of", names)
+            rows = await self._store.fetch("memberships_of", names)
         except DatabaseError:
             self._to_look_at.update(names)
             raise
@@ -332,7 +348,7 @@ class Members:
             member = self._members.get(name)
             if member is None:
                 continue
-            if member.version != versions.get(name) or member.changing:
+            if member.version != versions.get(name):
                 self._look(name)  # what was read may be older than what is known
                 continue
             for group, row in groups.items():
@@ -366,13 +382,21 @@ class Members:
         return [None] * len(requests)
 
     async def _change_memberships(self, changes: Sequence[_Change]) -> None:
-        groups, names, adding, presences = zip(*changes, strict=True)
+        groups, names, adding, presences, _ = zip(*changes, strict=True)
         grace = timedelta(seconds=self._settings.presence_grace)
         (row,) = await self._store.fetch(
             "change_memberships", groups, names, adding, presences, grace, self._id
         )
         if row[0]:
             self._wake_sequencer()
+        # Here, and not where it was asked for: whoever did may have been cancelled.
+        for change in changes:
+            member = self._members.get(change.channel)
+            if member is not None and change.adding:
+                member.joined(change.group, change.since, change.presence)
+            elif member is not None:
+                member.left(change.group)
+        self._receivers.look(names)
 
     async def _remove(self, names: Iterable[str]) -> None:
         grace = timedelta(seconds=self._settings.presence_grace)

@@ -18,7 +18,7 @@ from typing import Protocol
 from uuid import UUID
 
 from pgchannels.channels import DIRECT, is_connection
-from pgchannels.errors import ChannelFull
+from pgchannels.errors import ChannelFull, InvalidChannel
 from pgchannels.member import Member
 from pgchannels.memory_members import Members
 from pgchannels.messages import Message
@@ -57,6 +57,8 @@ class Channel:
     node: UUID | None = None
     user_id: str | None = None
     metadata: str | None = None
+    is_received: bool = False
+    """Whether somebody has received from it; a connection's may only be read."""
 
 
 @dataclass
@@ -260,10 +262,14 @@ class MemoryLog:
     def take(self, name: str) -> Message | None:
         """The next message for the receivers of a channel, which is then no other's."""
         now = self.advance()
-        # A connection's channel that is gone is no new one: what came before may have been taken.
-        start = self.head_id if is_connection(name) else 0
-        channel = self._channels.setdefault(name, Channel(start, now))
+        # A connection's channel that is gone is not made again: it would begin anew.
+        channel = self._channels.get(name)
+        if channel is None:
+            if is_connection(name):
+                return None
+            channel = self._channels[name] = Channel(0, now)
         channel.used_at = now
+        channel.is_received = True
         starts = {
             member.group: max(channel.cursor, member.since) for member in self.members.of(name)
         }
@@ -295,7 +301,7 @@ class MemoryLog:
 
     def _check_capacity(self, name: str, capacity: int | None) -> None:
         channel = self._channels.get(name)
-        if capacity is None or channel is None:
+        if capacity is None or channel is None or not channel.is_received:
             return
         if self.count([name], channel.cursor) >= capacity:
             raise ChannelFull(name, capacity)
@@ -317,6 +323,9 @@ class MemoryLog:
         for member in list(self.members.of(name)):
             self.discard(member.group, name, grace)
         self._channels.pop(name, None)
+        for future in self._waiting.get(name, ()):
+            if not future.done():
+                future.set_exception(InvalidChannel(name, "it has been deleted"))
 
     def add(self, group: str, name: str, *, presence: PresenceBy | None, expiry: timedelta) -> None:
         """Make a channel a member of a group; that of a connection that is gone is left out."""
@@ -352,7 +361,7 @@ class MemoryLog:
 
     def _member(self, name: str) -> Member | None:
         channel = self._channels.get(name)
-        if channel is None or channel.node not in self.nodes:
+        if channel is None or channel.node is None or channel.node not in self.nodes:
             return None
         return self.nodes[channel.node].members.get(name)
 

@@ -44,7 +44,7 @@ class Node:
     def __init__(self, settings: Settings, serializer: Serializer) -> None:
         id = uuid4()
         self.loop = asyncio.get_running_loop()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self.streams: set[Stream] = set()
         self.followers: set[PostgresFollower] = set()
         self.store = Store(settings, serializer)
@@ -108,11 +108,12 @@ class Node:
             ("receivers", self.receivers.run),
             ("ephemeral", self._ephemeral.run),
         ):
-            self._tasks.append(
-                asyncio.create_task(_supervise(name, run), name=f"pgchannels {name}")
+            self._tasks[name] = asyncio.create_task(
+                _supervise(name, run), name=f"pgchannels {name}"
             )
 
     async def stop(self) -> None:
+        self.receivers.refuse()
         self.hub.refuse()
         # Publishers first: what they have committed, any node will sequence. What was received and
         # not taken goes back before the task is ended that does it.
@@ -121,15 +122,20 @@ class Node:
             self.receivers.close(),
             *(follower.close() for follower in list(self.followers)),
         )
+        await self._end("members")
         await self.members.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._end(*self._tasks)
         for stream in list(self.streams):
             stream.close(ChannelLayerClosed("the channel layer has been closed"))
         await asyncio.gather(self._sequencer.close(), self._pruner.close())
         await self.store.close()
         await self.hub.close()
+
+    async def _end(self, *services: str) -> None:
+        tasks = [task for name in services if (task := self._tasks.pop(name, None)) is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def wake(self) -> None:
         """Something was committed to the outbox: sequence it. From any thread; never raises."""

@@ -54,9 +54,11 @@ class Serializer(Protocol):
 
     def dumps(self, payload: Mapping[str, Any]) -> str:
         """Encode; raise ``TypeError`` or ``ValueError`` for what cannot be."""
+        ...
 
     def loads(self, text: str) -> dict[str, Any]:
         """Decode what ``dumps`` made, and any other JSON object; raise ``ValueError``."""
+        ...
 
 
 class JSONSerializer:

@@ -153,6 +153,7 @@ class Pruner:
             )
         report.receivers_deleted = await self._in_chunks("delete_stale_receivers", _IDLE_TIME)
         await self._in_chunks("delete_old_claims")
+        await self._in_chunks("remove_orphans")
 
     async def _drop(
         self, name: str, report: PruneReport, *, attached: bool, detaching: bool = False

@@ -20,8 +20,13 @@ from typing import TYPE_CHECKING, TypeVar
 from uuid import uuid4
 
 from pgchannels.backoff import Backoff
-from pgchannels.channels import DIRECT
-from pgchannels.errors import ChannelLayerClosed, DatabaseError, DatabaseUnavailable
+from pgchannels.channels import DIRECT, is_connection
+from pgchannels.errors import (
+    ChannelLayerClosed,
+    DatabaseError,
+    DatabaseUnavailable,
+    InvalidChannel,
+)
 from pgchannels.messages import Message
 
 if TYPE_CHECKING:
@@ -42,6 +47,8 @@ _MESSAGES_AT_A_TIME = 100
 _CLOSING_TIME = 5.0
 # Seconds for which a channel is remembered that nobody receives from any more.
 _IDLE_TIME = 30.0
+# Seconds that a receiver which takes what is there now waits for the answer to that question.
+_PATIENCE = 2.0
 # A membership in use is renewed so many times within its expiry, or every minute.
 _RENEWALS = 4
 
@@ -81,6 +88,7 @@ class _Inbox:
 
     def next_waiter(self) -> _Waiter | None:
         """Take the one that has waited longest."""
+        self.idle_since = asyncio.get_running_loop().time()
         while self.waiters:
             waiter, _ = self.waiters.popitem(last=False)
             if not waiter.future.done():
@@ -121,13 +129,15 @@ class Receivers:
         if self._closed:
             raise ChannelLayerClosed
         waiter = _Waiter(impatient=timeout is not None and timeout <= 0)
+        if waiter.impatient:
+            timeout = _PATIENCE
         inbox = self._inbox(channel)
         inbox.waiters[waiter] = None
         if not self._give_returned(inbox):
             self._ask_for(inbox)
         timer = (
             asyncio.get_running_loop().call_later(timeout, waiter.time_out)
-            if timeout is not None and timeout > 0
+            if timeout is not None
             else None
         )
         try:
@@ -150,6 +160,12 @@ class Receivers:
             if (inbox := self._inboxes.get(name)) is not None:
                 inbox.look()
 
+    def end(self, channel: str) -> None:
+        """The channel has been deleted: who waits for it waits in vain."""
+        inbox = self._inboxes.get(channel)
+        while inbox is not None and (waiter := inbox.next_waiter()) is not None:
+            waiter.future.set_exception(InvalidChannel(channel, "it has been deleted"))
+
     async def run(self) -> None:
         self._finished.clear()
         while not self._closed:
@@ -157,18 +173,23 @@ class Receivers:
             while self._due or self._returning:
                 await self._hand_back()
                 await self._claim()
+                await self._housekeeping()
             await self._housekeeping()
         await self._hand_back()
         self._finished.set()
         await asyncio.Event().wait()  # until cancelled
 
-    async def close(self) -> None:
-        """End all waiting, and hand back what nobody has taken, within a few seconds."""
+    def refuse(self) -> None:
+        """End all waiting."""
         self._closed = True
         for inbox in self._inboxes.values():
             while (waiter := inbox.next_waiter()) is not None:
                 waiter.future.set_exception(ChannelLayerClosed("the channel layer has been closed"))
         self._wakeup.set()
+
+    async def close(self) -> None:
+        """End all waiting, and hand back what nobody has taken, within a few seconds."""
+        self.refuse()
         try:
             async with asyncio.timeout(_CLOSING_TIME):
                 await self._finished.wait()
@@ -185,6 +206,8 @@ class Receivers:
 
     def _watch(self, inbox: _Inbox, channels: set[str]) -> bool:
         """Be told of messages of these channels; say whether one is new."""
+        if self._closed:
+            return False
         new = channels - inbox.watched
         for channel in new:
             self._source.register(channel, inbox)
@@ -228,39 +251,47 @@ class Receivers:
         self._token += 1
         token = self._token
         try:
-            claims, again = await self._insist(
-                lambda: self._session.claim(wanted, node=self._id, token=token)
+            answer = await self._insist(
+                lambda: self._session.claim(wanted, claimant=self._id, token=token)
             )
-            unknown = [name for name, claim in claims.items() if not claim.is_known]
+            if not answer.may_claim:
+                await self._insist(lambda: self._session.fetch("add_claimant", self._id))
+            # That of a connection which is gone is not made again: it would begin anew.
+            unknown = [
+                name
+                for name, claim in answer.channels.items()
+                if not claim.is_known and not is_connection(name)
+            ]
             if unknown:
                 await self._insist(lambda: self._session.fetch("add_receiver", unknown))
         except DatabaseError:
             # Refused, which nobody expects. They wait on, and are asked for when this is restarted.
             self._due.update(dict.fromkeys(wanted))
+            self._wakeup.set()
             raise
-        for name, claim in claims.items():
-            self._hand_out(self._inboxes[name], claim, wanted[name], asked[name], again=again)
+        # All messages first: nothing that happens with one channel may cost another's.
+        for name, claim in answer.channels.items():
+            for message in claim.messages:
+                self._pass_on(self._inbox(name), message)
+        for name, claim in answer.channels.items():
+            incomplete = answer.incomplete or not answer.may_claim or name in unknown
+            if len(claim.messages) == wanted[name] or self._has_news(name, claim) or incomplete:
+                if self._inbox(name).waiters:
+                    self._ask_for(self._inbox(name))
+                continue
+            for waiter in asked[name]:
+                if waiter.impatient:
+                    waiter.time_out()
 
-    def _hand_out(
-        self, inbox: _Inbox, claim: Claim, wanted: int, asked: list[_Waiter], *, again: bool
-    ) -> None:
-        for message in claim.messages:
-            self._pass_on(inbox, message)
+    def _has_news(self, name: str, claim: Claim) -> bool:
         # Messages of a group that was not watched may have come before it was.
-        news = self._watch(inbox, {inbox.name, DIRECT, *claim.groups})
-        if news or again or not claim.is_known or len(claim.messages) == wanted:
-            if inbox.waiters:
-                self._ask_for(inbox)
-            return
-        for waiter in asked:
-            if waiter.impatient:
-                waiter.time_out()
+        return self._watch(self._inbox(name), {name, DIRECT, *claim.groups})
 
     async def _hand_back(self) -> None:
         # Whoever has begun to wait meanwhile comes first.
         kept, self._returning = self._returning, []
         for name, message in kept:
-            self._pass_on(self._inboxes[name], message)
+            self._pass_on(self._inbox(name), message)
         returning, self._returning = self._returning, []
         if not returning:
             return
@@ -268,11 +299,18 @@ class Receivers:
         token = self._token
         names = [name for name, _ in returning]
         ids = [message.id for _, message in returning]
-        await self._insist(lambda: self._session.fetch("hand_back", names, ids, self._id, token))
+        try:
+            await self._insist(
+                lambda: self._session.fetch("hand_back", names, ids, self._id, token)
+            )
+        except BaseException:
+            self._returning += returning  # refused, by a deadlock, say, and so not done
+            self._wakeup.set()
+            raise
         self._wake_sequencer()
         for name in dict.fromkeys(names):
-            if self._inboxes[name].waiters:
-                self._ask_for(self._inboxes[name])
+            if self._inbox(name).waiters:
+                self._ask_for(self._inbox(name))
 
     async def _insist(self, do: Callable[[], Awaitable[T]]) -> T:
         """Do it until there is an answer."""
@@ -308,6 +346,8 @@ class Receivers:
             del self._inboxes[inbox.name]
         waited_for = [name for name, inbox in self._inboxes.items() if inbox.waiters]
         if waited_for:
+            # Also should anything have been missed that was a reason to look.
+            self._due.update(dict.fromkeys(waited_for))
             try:
                 await self._session.fetch("touch_channels", waited_for)
             except DatabaseError as error:

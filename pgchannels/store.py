@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from pgchannels.settings import Settings
 
-__all__ = ["Claim", "Partition", "Session", "Store"]
+__all__ = ["Claim", "Claims", "Partition", "Session", "Store"]
 
 # Seconds that a connection may take to say goodbye.
 _CLOSING_TIME = 2.0
@@ -54,6 +54,16 @@ class Claim(NamedTuple):
     groups: list[str]
     """Those that it is a member of."""
     messages: list[Message]
+
+
+class Claims(NamedTuple):
+    """What a claim gave."""
+
+    channels: dict[str, Claim]
+    may_claim: bool
+    """False: whoever claims has no row yet."""
+    incomplete: bool
+    """Not all of the log could be looked at: ask again."""
 
 
 class Queries:
@@ -130,42 +140,34 @@ class Queries:
             for row in rows
         ]
 
-    async def claim(
-        self, wanted: dict[str, int], *, node: UUID, token: int
-    ) -> tuple[dict[str, Claim], bool]:
+    async def claim(self, wanted: dict[str, int], *, claimant: UUID, token: int) -> Claims:
         """Take up to so many messages for each channel.
 
         Args:
-            wanted: how many, by channel.
-            node: who asks.
+            wanted: how many, by channel; one at least.
+            claimant: who asks.
             token: the number of this claim; one that was made before gives the same again.
-
-        Returns:
-            what each channel got, and whether it should be asked again, because not all of the log
-            could be looked at.
         """
         known = self._partitioned_to
-        while True:
-            rows = await self.fetch(
-                "claim", list(wanted), list(wanted.values()), node, token, known
-            )
-            if not rows or not rows[0]["is_overtaken"]:
-                break
-        claims: dict[str, Claim] = {}
-        head = 0
+        names, counts = list(wanted), list(wanted.values())
+        rows = await self.fetch("claim", names, counts, claimant, token, known)
+        channels: dict[str, Claim] = {}
         for row in rows:
-            _, head, epoch, partitioned_to, name, is_known, groups, id, *rest = row
-            self._partitioned_to = max(self._partitioned_to, partitioned_to)
-            claim = claims.get(name) or claims.setdefault(name, Claim(is_known, groups, []))
+            name, id, epoch = row["name"], row["id"], row["epoch"]
+            claim = channels.get(name)
+            if claim is None:
+                claim = channels[name] = Claim(row["is_known"], row["groups"], [])
             if id is not None:
-                channel, payload, created_at, size, headers, attachments = rest
+                channel, payload, created_at, size, headers, attachments = row[8:]
                 claim.messages.append(
                     Message(
                         *(id, channel, payload, created_at, size, epoch, headers, attachments),
                         serializer=self._serializer,
                     )
                 )
-        return claims, bool(rows) and head >= known
+        head, _, partitioned_to, _, _, may_claim = rows[0][:6]
+        self._partitioned_to = max(known, partitioned_to)
+        return Claims(channels, may_claim, head >= known)
 
     async def seal(self) -> tuple[int, int]:
         """Run one batch and tell the nodes.

@@ -90,6 +90,8 @@ class Stream:
         self._streams = streams
         self._member = member
         self._name = None if member is None else member.name
+        # Channels that are read because somebody said so, and not because of a membership.
+        self._asked_for = set(self._initial)
         self._subscription = Subscription(
             max_messages=settings.buffer_size, max_bytes=settings.buffer_bytes
         )
@@ -170,9 +172,10 @@ class Stream:
             RuntimeError: outside of ``async with``.
         """
         self._check_entered()
-        if after is None and self.reads(check_channel(channel)):
+        self._asked_for.add(check_channel(channel))
+        if after is None and self.reads(channel):
             return
-        await self._add((check_channel(channel),), None if after is None else Position.parse(after))
+        await self._add((channel,), None if after is None else Position.parse(after))
 
     def reads(self, channel: str) -> bool:
         """Whether *channel* is one of those that are read."""
@@ -180,14 +183,31 @@ class Stream:
 
     def leave(self, channel: str) -> None:
         """Stop reading *channel*. Not an error if it was not read."""
+        self._asked_for.discard(channel)
         self._source.unregister(channel, self)
         self._subscription.discard(channel)
+        self._ephemeral = [message for message in self._ephemeral if message.channel != channel]
         self._ready = deque(message for message in self._ready if message.channel != channel)
 
     def follow_group(self, channel: str, since: int | None) -> None:
         """For the member: read *channel* too, after an id, or from now on. At once."""
         if not self._closed and not self.reads(channel):
-            self._start_reading(channel, since)
+            try:
+                self._start_reading(channel, since)
+            except ChannelLayerClosed:
+                logger.debug("too late to read %r", channel)
+
+    def unfollow_group(self, channel: str) -> None:
+        """For the member: it reads *channel* no more, unless it was asked for here."""
+        if channel not in self._asked_for:
+            self.leave(channel)
+
+    async def join_group(self, group: str, after: Position | str | None = None) -> None:
+        """As ``join()``, for as long as the member is one of the group's: it is about to be."""
+        asked_for = group in self._asked_for
+        await self.join(group, after)
+        if not asked_for:
+            self._asked_for.discard(group)
 
     async def resume(self, after: Position | str) -> None:
         """Read again, after a position, what a member reads without having joined it.

@@ -37,7 +37,9 @@ drop function pgchannels.change_memberships(text[], text[], boolean[], text[], i
 drop function pgchannels.publish_left(json);
 drop function pgchannels.lock_presence(text[]);
 drop function pgchannels.is_for(json, text, boolean);
+alter table pgchannels.outbox drop constraint outbox_headers_are_valid;
 drop table pgchannels.ephemeral;
+drop function pgchannels.is_headers(json);
 drop table pgchannels.followers;
 drop table pgchannels.claims;
 drop table pgchannels.keys;
@@ -52,7 +54,8 @@ alter table pgchannels.memberships
 delete from pgchannels.channels;
 drop index pgchannels.channels_node;
 alter table pgchannels.channels
-    drop column metadata, drop column returned, drop column created_at,
+    drop column metadata, drop column returned, drop column is_received,
+    drop column created_at,
     add column expires_at timestamptz;
 delete from pgchannels.nodes;
 alter table pgchannels.nodes drop column steady_since, drop column dead_since;

@@ -13,6 +13,7 @@ alter table pgchannels.channels
     drop column expires_at,
     add column metadata json,
     add column returned bigint[] not null default '{}',
+    add column is_received boolean not null default true,
     add column created_at timestamptz not null default clock_timestamp();
 
 create index channels_node on pgchannels.channels (node) where node is not null;
@@ -22,6 +23,8 @@ comment on table pgchannels.channels is 'channels that are received from, and th
 comment on column pgchannels.channels.cursor is 'what receivers have taken, or passed by: ids up to here';
 
 comment on column pgchannels.channels.returned is 'ids that were taken and handed back by a receiver that was cancelled';
+
+comment on column pgchannels.channels.is_received is 'whether somebody has received from it; a connection''s channel may only be read';
 
 comment on column pgchannels.channels.node is 'whose lease it lives by; null for a channel that lives by being used';
 
@@ -47,6 +50,21 @@ create index memberships_left_at on pgchannels.memberships (left_at) where left_
 
 comment on column pgchannels.memberships.since is 'the end of the log when it joined: later messages of the group are the member''s';
 
+-- A JSON object of at most 1 MiB without \u escapes: control characters and halves of surrogate pairs,
+-- which not every reader's language can hold, nor the type text all of them.
+create function pgchannels.is_headers(headers json) returns boolean
+language plpgsql immutable strict parallel safe
+as $$
+begin
+    return json_typeof(headers) = 'object'
+       and octet_length(headers::text) <= 1048576
+       and strpos(replace(headers::text, E'\\\\', '  '), E'\\u') = 0;
+end
+$$;
+
+alter table pgchannels.outbox
+    add constraint outbox_headers_are_valid check (pgchannels.is_headers(headers));
+
 -- Idempotency keys. Written in the transaction that publishes; a second publisher waits for it.
 create table pgchannels.keys (
     channel text not null,
@@ -59,12 +77,13 @@ create table pgchannels.keys (
 
 create index keys_expires_at on pgchannels.keys (expires_at);
 
--- What a node's last claim took, so that one whose answer was lost on the way can be asked again.
+-- What a receiving process's last claim took, so that one whose answer was lost on the way can be
+-- asked again. Locked by each claim: a repeated one waits for the first to end.
 create table pgchannels.claims (
     node uuid not null,
-    token bigint not null,
-    names text[] not null,
-    ids bigint[] not null,
+    token bigint not null default 0,
+    names text[] not null default '{}',
+    ids bigint[] not null default '{}',
     made_at timestamptz not null default clock_timestamp(),
     constraint claims_pkey primary key (node)
 );
@@ -94,7 +113,8 @@ create unlogged table pgchannels.ephemeral (
     created_at timestamptz not null default clock_timestamp(),
     constraint ephemeral_pkey primary key (id),
     constraint ephemeral_channel_is_valid check (pgchannels.is_channel(channel)),
-    constraint ephemeral_payload_is_valid check (pgchannels.is_payload(payload))
+    constraint ephemeral_payload_is_valid check (pgchannels.is_payload(payload)),
+    constraint ephemeral_headers_are_valid check (pgchannels.is_headers(headers))
 );
 
 create index ephemeral_created_at on pgchannels.ephemeral (created_at);
@@ -114,7 +134,8 @@ begin
     if recipients is null then
         return not named;
     end if;
-    return recipients is json array and recipients::jsonb ? receiver;
+    -- An escape may be one that jsonb does not take; our names need none.
+    return recipients is json array and strpos(recipients, E'\\u') = 0 and recipients::jsonb ? receiver;
 end
 $$;
 
@@ -143,23 +164,29 @@ as $$
 declare
     published integer;
 begin
+    with gone as (
+        select distinct on (d.group_name, d.identity) d.*
+          from json_to_recordset(departed)
+               as d(group_name text, channel text, identity text, presence text, user_id text, metadata json)
+         where d.identity is not null
+           and not exists (select from pgchannels.memberships m
+                            where m.group_name = d.group_name and m.identity = d.identity)
+         order by d.group_name, d.identity
+    ), present as materialized (
+        select g.group_name, count(distinct m.identity) as count
+          from (select distinct o.group_name from gone o) g
+          left join pgchannels.memberships m on m.group_name = g.group_name and m.identity is not null
+         group by g.group_name
+    )
     insert into pgchannels.outbox (channel, payload)
     select 'presence:' || g.group_name,
            json_build_object(
                'type', 'presence.left', 'group', g.group_name, 'user_id', g.user_id,
                'connection', case when g.presence = 'connection' then g.channel end,
                'metadata', g.metadata,
-               'count', (select count(distinct m.identity) from pgchannels.memberships m
-                          where m.group_name = g.group_name and m.identity is not null)
-                        + count(*) over (partition by g.group_name)
+               'count', p.count + count(*) over (partition by g.group_name)
                         - row_number() over (partition by g.group_name order by g.identity))
-      from (select distinct on (d.group_name, d.identity) d.*
-              from json_to_recordset(departed)
-                   as d(group_name text, channel text, identity text, presence text, user_id text, metadata json)
-             where d.identity is not null
-               and not exists (select from pgchannels.memberships m
-                                where m.group_name = d.group_name and m.identity = d.identity)
-             order by d.group_name, d.identity) g
+      from gone g join present p on p.group_name = g.group_name
      order by g.group_name, g.identity;
     get diagnostics published = row_count;
     return published;
@@ -168,7 +195,7 @@ $$;
 
 -- Add and remove members, each pair of group and channel at most once in a call. Returns how many
 -- messages it has published: who joined, who left (at once, or after "grace" if counted as a user),
--- and for channels that are not the announcer's own, that somebody must look at their groups.
+-- and for channels that are not the announcer's alone, that somebody must look at their groups.
 create function pgchannels.change_memberships(
     groups text[], names text[], adding boolean[], presences text[], grace interval, announcer uuid)
 returns integer
@@ -199,14 +226,18 @@ begin
               from unnest(groups, names, adding, presences) c(group_name, channel, adding, presence)
               join pgchannels.memberships m on m.group_name = c.group_name and m.channel = c.channel
               left join pgchannels.channels k on k.name = c.channel
-             where c.adding and m.left_at is null and m.group_name = any (counted)
+             where c.adding and m.group_name = any (counted)
                and m.identity <> case coalesce(c.presence, m.presence)
                        when 'user' then 'user:' || k.user_id else 'connection:' || c.channel end) r;
-        -- A connection's channel that is no more gets no memberships; others need no row.
-        with asked as (
+        -- A connection's channel that is no more gets no memberships; others need no row. One that is
+        -- being removed now waits for us, and then finds the membership; or we wait, and find it gone.
+        with known as materialized (
+            select k.name, k.user_id, k.metadata
+              from pgchannels.channels k where k.name = any (names) order by k.name for key share
+        ), asked as (
             select c.group_name, c.channel, c.presence, k.user_id, k.metadata
               from unnest(groups, names, adding, presences) c(group_name, channel, adding, presence)
-              left join pgchannels.channels k on k.name = c.channel
+              left join known k on k.name = c.channel
              where c.adding and (k.name is not null or c.channel !~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$')
         ), joined as (
             insert into pgchannels.memberships as m (group_name, channel, since, presence, user_id, metadata)
@@ -219,8 +250,11 @@ begin
                     since = case when m.left_at is null then m.since else excluded.since end,
                     left_at = null,
                     presence = coalesce(excluded.presence, m.presence),
-                    user_id = excluded.user_id,
-                    metadata = excluded.metadata
+                    -- renewed after its channel has become nobody's, it stays what it was counted as
+                    user_id = case when excluded.presence is null and excluded.user_id is null
+                                   then m.user_id else excluded.user_id end,
+                    metadata = case when excluded.presence is null and excluded.user_id is null
+                                    then m.metadata else excluded.metadata end
             returning m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata
         ), arrived as (
             -- The snapshot is from before the insert: whom it does not show has arrived.
@@ -230,6 +264,11 @@ begin
                and not exists (select from pgchannels.memberships m
                                 where m.group_name = j.group_name and m.identity = j.identity)
              order by j.group_name, j.identity
+        ), present as materialized (
+            select g.group_name, count(distinct m.identity) as count
+              from (select distinct r.group_name from arrived r) g
+              left join pgchannels.memberships m on m.group_name = g.group_name and m.identity is not null
+             group by g.group_name
         )
         insert into pgchannels.outbox (channel, payload)
         select 'presence:' || a.group_name,
@@ -237,10 +276,8 @@ begin
                    'type', 'presence.joined', 'group', a.group_name, 'user_id', a.user_id,
                    'connection', case when a.presence = 'connection' then a.channel end,
                    'metadata', a.metadata,
-                   'count', (select count(distinct m.identity) from pgchannels.memberships m
-                              where m.group_name = a.group_name and m.identity is not null)
-                            + row_number() over (partition by a.group_name order by a.identity))
-          from arrived a
+                   'count', p.count + row_number() over (partition by a.group_name order by a.identity))
+          from arrived a join present p on p.group_name = a.group_name
          order by a.group_name, a.identity;
         get diagnostics published = row_count;
         if departed is not null then
@@ -256,6 +293,11 @@ begin
     end if;
 
     if false = any (adding) then
+        -- In one order, so that two of these cannot wait for each other.
+        perform from pgchannels.memberships m
+           join unnest(groups, names, adding) c(group_name, channel, adding)
+             on m.group_name = c.group_name and m.channel = c.channel
+          where not c.adding order by m.group_name, m.channel for update of m;
         if grace > interval '0' then
             update pgchannels.memberships m set left_at = clock_timestamp()
               from unnest(groups, names, adding) c(group_name, channel, adding)
@@ -279,7 +321,7 @@ begin
     select 'pgchannels:members', json_build_object('channels', json_agg(k.name))
       from (select distinct c.name from unnest(names) c(name)) c
       join pgchannels.channels k on k.name = c.name
-     where k.node is distinct from announcer
+     where k.node is distinct from announcer or k.is_received
     having count(*) > 0;
     get diagnostics inserted = row_count;
     return published + inserted;
@@ -294,17 +336,22 @@ as $$
 declare
     groups text[];
     members text[];
-    published integer := 0;
 begin
+    perform pgchannels.lock_presence(array(
+        select distinct m.group_name from pgchannels.memberships m
+         where m.channel = any (names) and m.identity is not null));
+    -- First the channels: whoever is adding one to a group has committed then, or will find it gone.
+    delete from pgchannels.channels c
+     where c.name in (select d.name from pgchannels.channels d where d.name = any (names)
+                       order by d.name for update);
     select array_agg(m.group_name), array_agg(m.channel) into groups, members
       from pgchannels.memberships m where m.channel = any (names) and m.left_at is null;
-    if groups is not null then
-        published := pgchannels.change_memberships(
-            groups, members, array_fill(false, array[cardinality(groups)]),
-            array_fill(null::text, array[cardinality(groups)]), grace, announcer);
+    if groups is null then
+        return 0;
     end if;
-    delete from pgchannels.channels c where c.name = any (names);
-    return published;
+    return pgchannels.change_memberships(
+        groups, members, array_fill(false, array[cardinality(groups)]),
+        array_fill(null::text, array[cardinality(groups)]), grace, announcer);
 end
 $$;
 
@@ -335,43 +382,47 @@ begin
 end
 $$;
 
--- Declare nodes dead whose lease has run out, and remove what lived by it: at most so many channels
--- in a call. Only a node may ask that has itself been there for as long as a lease.
+-- Declare nodes dead whose lease has run out, and remove what lived by them: at most so many
+-- channels in a call. Only a node may ask that has itself been there for as long as a lease, or for
+-- itself, if it was declared dead. Returns whether there may be more to do.
 create function pgchannels.reap(
-    me uuid, lease interval, max_channels integer, out removed integer, out published integer)
+    me uuid, lease interval, max_channels integer, out more boolean, out published integer)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    is_steady boolean;
+    dead uuid[];
     names text[];
 begin
-    removed := 0;
+    more := false;
     published := 0;
-    if not exists (select from pgchannels.nodes n
-                    where n.dead_since is not null or n.heartbeat_at < clock_timestamp() - lease)
-       or not exists (select from pgchannels.nodes n
-                       where n.id = me and n.dead_since is null and n.steady_since < clock_timestamp() - lease)
+    select n.dead_since is null and n.steady_since < clock_timestamp() - lease into is_steady
+      from pgchannels.nodes n where n.id = me;
+    select array_agg(n.id) into dead
+      from pgchannels.nodes n where n.dead_since is not null and (is_steady or n.id = me);
+    if (dead is null
+        and not exists (select from pgchannels.nodes n
+                         where is_steady and n.heartbeat_at < clock_timestamp() - lease))
        or not pg_try_advisory_xact_lock(1885823850, hashtext('pgchannels.')) then
         return;
     end if;
-    -- Those that were declared dead before now; see lock_presence() for why no write comes first.
+    -- First what was declared dead before now; see lock_presence() for why no write comes before it.
     select array_agg(d.name) into names
-      from (select c.name from pgchannels.nodes n join pgchannels.channels c on c.node = n.id
-             where n.dead_since is not null limit max_channels) d;
+      from (select c.name from pgchannels.channels c where c.node = any (dead) limit max_channels) d;
     if names is not null then
-        removed := cardinality(names);
         -- The lease was time enough to come back in.
         published := pgchannels.remove_channels(names, interval '0', me);
+        more := true;
     else
-        delete from pgchannels.claims k using pgchannels.nodes n where n.dead_since is not null and k.node = n.id;
         delete from pgchannels.nodes n
-         where n.dead_since is not null
+         where n.id = any (dead) and n.dead_since is not null
            and not exists (select from pgchannels.channels c where c.node = n.id);
     end if;
-    update pgchannels.nodes n set dead_since = clock_timestamp()
-     where n.dead_since is null and n.heartbeat_at < clock_timestamp() - lease;
-    if found then
-        removed := greatest(removed, 1);  -- there is more to do
+    if is_steady then
+        update pgchannels.nodes n set dead_since = clock_timestamp()
+         where n.dead_since is null and n.heartbeat_at < clock_timestamp() - lease;
+        more := more or found;
     end if;
 end
 $$;

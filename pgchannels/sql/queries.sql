@@ -28,6 +28,9 @@ with given as materialized (
     select m.*, clock_timestamp() as created_at
       from unnest($1::text[], $2::text[], $3::interval[], $4::text[], $5::integer[], $6::integer[], $8::text[])
            with ordinality as m(channel, payload, ttl, headers, first, last, key, place)
+), coming as materialized (
+    select o.channel, count(*) as count from pgchannels.outbox o
+     where $10::integer is not null and o.channel in (select g.channel from given g) group by o.channel
 ), room as (
     select c.name,
            $10::integer - cardinality(c.returned)
@@ -36,12 +39,16 @@ with given as materialized (
                    where r.channel between c.name and c.name and r.id > c.cursor
                      and (r.expires_at is null or r.expires_at > clock_timestamp())
                    order by r.channel, r.id limit $10) waiting)
-           - (select count(*) from (select from pgchannels.outbox o where o.channel = c.name limit $10) coming) as free
-      from pgchannels.channels c
-     where $10 is not null and c.name in (select g.channel from given g)
+           - coalesce(o.count, 0) as free
+      from pgchannels.channels c left join coming o on o.channel = c.name
+     where $10::integer is not null and c.is_received and c.name in (select g.channel from given g)
+), numbered as (
+    select g.*, g.key is null or row_number() over (partition by g.channel, g.key order by g.place) = 1 as is_first
+      from given g
 ), admitted as (
-    select g.*, row_number() over (partition by g.channel, g.key order by g.place) = 1 as is_first
-      from (select g.*, row_number() over (partition by g.channel order by g.place) as nth from given g) g
+    select g.*
+      from (select n.*, count(*) filter (where n.is_first) over (partition by n.channel order by n.place) as nth
+              from numbered n) g
       left join room r on r.name = g.channel
      where r.free is null or g.nth <= r.free
         or exists (select from pgchannels.keys k
@@ -225,10 +232,13 @@ select count(*) from deleted;
 select count(*) from pgchannels.keys k where k.expires_at <= clock_timestamp();
 
 -- name: delete_expired_keys
+-- Not one that is being renewed now.
 with deleted as (
     delete from pgchannels.keys k
-     where (k.channel, k.key) in (select e.channel, e.key from pgchannels.keys e
-                                   where e.expires_at <= clock_timestamp() limit $1)
+     using (select e.channel, e.key from pgchannels.keys e
+             where e.expires_at <= clock_timestamp()
+             order by e.channel, e.key limit $1 for update skip locked) e
+     where k.channel = e.channel and k.key = e.key
     returning 1
 )
 select count(*) from deleted;
@@ -241,11 +251,13 @@ select count(*)
 
 -- name: end_stale_memberships
 -- Those of ordinary channels that are not used: neither renewed nor received from for $1.
-with stale as (
+with stale as materialized (
     select m.group_name, m.channel
-      from pgchannels.memberships m left join pgchannels.channels c on c.name = m.channel
+      from pgchannels.memberships m
      where m.left_at is null and m.renewed_at < clock_timestamp() - $1::interval
-       and (c.name is null or c.node is null and c.last_active_at < clock_timestamp() - $1::interval)
+       and not exists (select from pgchannels.channels c
+                        where c.name = m.channel
+                          and (c.node is not null or c.last_active_at >= clock_timestamp() - $1::interval))
      limit $2
 ), listed as (
     select array_agg(s.group_name) as groups, array_agg(s.channel) as names, array_agg(false) as adding,
@@ -266,14 +278,26 @@ select count(*) from pgchannels.channels c cross join pgchannels.log l
 -- without its row, a channel is received from its beginning.
 with deleted as (
     delete from pgchannels.channels c
-     where c.name in (select s.name from pgchannels.channels s cross join pgchannels.log l
-                       where s.node is null and s.cursor <= l.floor
-                         and s.last_active_at < clock_timestamp() - $1::interval
-                         and not exists (select from pgchannels.memberships m where m.channel = s.name)
-                       limit $2)
+     using (select s.name from pgchannels.channels s cross join pgchannels.log l
+             where s.node is null and s.cursor <= l.floor
+               and s.last_active_at < clock_timestamp() - $1::interval
+               and not exists (select from pgchannels.memberships m where m.channel = s.name)
+             order by s.name limit $2 for update of s skip locked) s
+     where c.name = s.name
     returning 1
 )
 select count(*) from deleted;
+
+-- name: remove_orphans
+-- Channels whose node is not there: what a connection that broke has left behind. At most $1 at once.
+with orphans as materialized (
+    select c.name from pgchannels.channels c
+     where c.node is not null and not exists (select from pgchannels.nodes n where n.id = c.node) limit $1
+), listed as (
+    select array_agg(o.name) as names, count(*) as count from orphans o
+)
+select l.count, case when l.count > 0 then pgchannels.remove_channels(l.names, interval '0', null) end
+  from listed l;
 
 -- name: delete_old_claims
 -- No claim is repeated after a day.
@@ -306,13 +330,14 @@ select pgchannels.requeue_stragglers();
 
 -- Receivers
 
+-- name: add_claimant
+-- A process that claims has a row, which each of its claims locks.
+insert into pgchannels.claims (node) values ($1) on conflict (node) do nothing;
+
 -- name: add_receiver
--- A channel that somebody receives from has a row. That of a connection had one, which is gone (its
--- node was declared dead, say): it begins now, for what came before may have been received.
-insert into pgchannels.channels (name, cursor)
-select n.name, case when n.name ~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$' then b.head else 0 end
-  from unnest($1::text[]) n(name) cross join pgchannels.bounds b
-on conflict (name) do nothing;
+-- A channel that somebody receives from has a row.
+insert into pgchannels.channels (name)
+select n.name from unnest($1::text[]) n(name) order by n.name on conflict (name) do nothing;
 
 -- name: claim
 -- Take messages for receivers that wait: up to $2 for each channel of $1, its own and those of its
@@ -323,25 +348,24 @@ on conflict (name) do nothing;
 -- though not in this statement's snapshot of the log: then the log ends earlier here than the cursor
 -- stands, nothing is taken, and the cursor stays.
 --
--- $3 and $4 are the node and the number of this claim. Had it been made before, and only the answer
--- been lost with the connection, then it takes nothing and gives the same again. It may also have been
--- made while this one waited for a lock, on a connection that only we know to be broken; that does
--- not show in this snapshot, but in "noted", which then has no row. Then nothing is taken either, and
--- is_overtaken says: ask once more.
+-- $3 and $4 are who claims and the number of the claim. Had it been made before, and only the answer
+-- been lost with the connection, then it waits for that one to end, takes nothing itself, and gives
+-- the same again.
 --
 -- $5: no head counts beyond the partitions that were known before; see store.py.
 with asked as (
     select a.name, a.wanted from unnest($1::text[], $2::integer[]) a(name, wanted)
-), again as materialized (
-    select k.names, k.ids from pgchannels.claims k where k.node = $3 and k.token = $4::bigint
+), claimant as materialized (
+    select k.token, k.names, k.ids from pgchannels.claims k where k.node = $3 for update
 ), bounds as materialized (
     select b.head, b.epoch, b.floor, b.partitioned_to, least(b.head, $5::bigint - 1) as upto from pgchannels.bounds b
 ), mine as materialized (
-    select c.name, c.cursor, c.returned, a.wanted
+    select c.name, c.cursor, c.returned, c.is_received, a.wanted,
+           c.name ~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$' as is_connection
       from pgchannels.channels c join asked a on a.name = c.name
-     where not exists (select from again)
+     where exists (select from claimant k where k.token < $4::bigint)
      order by c.name
-       for update of c
+       for no key update of c
 ), taken as materialized (
     select m.name, m.wanted, t.*
       from mine m cross join bounds b
@@ -351,9 +375,10 @@ with asked as (
                 from (select m.name as channel, m.cursor as after
                       union all
                       select g.group_name, greatest(g.since, m.cursor)
-                        from pgchannels.memberships g where g.channel = m.name and g.left_at is null
+                        from pgchannels.memberships g
+                       where g.channel = m.name and g.left_at is null and g.group_name <> m.name
                       union all
-                      select 'pgchannels:direct', m.cursor) s
+                      select 'pgchannels:direct', m.cursor where m.is_connection) s
                cross join lateral (
                    select r.* from pgchannels.messages r
                     where r.channel between s.channel and s.channel
@@ -366,38 +391,40 @@ with asked as (
              union all
              (select r.id, r.channel, r.payload, r.created_at, r.size, r.headers, r.attachments
                 from pgchannels.messages r
-               where r.id = any (m.returned) and r.id <= b.upto and r.id > b.floor
+               where r.id = any (m.returned) and r.id <= least(b.upto, m.cursor) and r.id > b.floor
                  and (r.expires_at is null or r.expires_at > clock_timestamp()))) u
           order by u.id limit m.wanted) t
-), noted as (
-    insert into pgchannels.claims as k (node, token, names, ids)
-    select $3, $4, array_agg(t.name order by t.id), array_agg(t.id order by t.id) from taken t having count(*) > 0
-    on conflict (node) do update
-        set token = excluded.token, names = excluded.names, ids = excluded.ids, made_at = clock_timestamp()
-      where k.token < excluded.token
-    returning 1
+), counted as materialized (
+    select m.name, count(t.id) as count, max(t.id) as last, coalesce(array_agg(t.id) filter (where t.id is not null), '{}') as ids
+      from mine m left join taken t on t.name = m.name group by m.name
 ), moved as (
     update pgchannels.channels c
        set cursor = greatest(m.cursor, case when t.count < m.wanted then b.upto else t.last end),
            -- of those that were neither taken nor come after what was, the messages are gone
            returned = array(select r.id from unnest(m.returned) r(id)
                              where r.id <> all (t.ids) and (r.id > b.upto or (t.count = m.wanted and r.id > t.last))),
+           is_received = true,
            last_active_at = clock_timestamp()
-      from mine m
-      join (select x.name, count(*) as count, max(x.id) as last, array_agg(x.id) as ids
-              from taken x group by x.name) t on t.name = m.name
-     cross join bounds b
-     where c.name = m.name and exists (select from noted)
+      from mine m join counted t on t.name = m.name cross join bounds b
+     where c.name = m.name
+       -- an empty claim writes only now and then, lest the next ones look at ever more in vain
+       and (t.count > 0 or not m.is_received or b.upto > m.cursor + 1000)
+), noted as (
+    update pgchannels.claims k
+       set token = $4::bigint, names = n.names, ids = n.ids, made_at = clock_timestamp()
+      from (select array_agg(t.name order by t.id) as names, array_agg(t.id order by t.id) as ids
+              from taken t having count(*) > 0) n
+     where k.node = $3
 ), given as (
-    select t.name, t.id, t.channel, t.payload, t.created_at, t.size, t.headers, t.attachments
-      from taken t where exists (select from noted)
+    select t.name, t.id, t.channel, t.payload, t.created_at, t.size, t.headers, t.attachments from taken t
     union all
-    select k.name, r.id, r.channel, r.payload, r.created_at, r.size, r.headers, r.attachments
-      from again a cross join unnest(a.names, a.ids) k(name, id) join pgchannels.messages r on r.id = k.id
+    select u.name, r.id, r.channel, r.payload, r.created_at, r.size, r.headers, r.attachments
+      from claimant k cross join unnest(k.names, k.ids) u(name, id) join pgchannels.messages r on r.id = u.id
+     where k.token = $4::bigint
 )
-select exists (select from taken) and not exists (select from noted) as is_overtaken,
-       b.head, b.epoch, b.partitioned_to, a.name,
+select b.head, b.epoch, b.partitioned_to, a.name,
        exists (select from pgchannels.channels c where c.name = a.name) as is_known,
+       exists (select from claimant) as may_claim,
        array(select m.group_name from pgchannels.memberships m where m.channel = a.name and m.left_at is null) as groups,
        g.id, g.channel, g.payload, g.created_at, g.size, g.headers, g.attachments
   from bounds b cross join asked a left join given g on g.name = a.name
@@ -407,23 +434,30 @@ select exists (select from taken) and not exists (select from noted) as is_overt
 -- What was taken for a receiver that has gone: the next one's, wherever it waits. Numbered like the
 -- claims, so that it is not done twice when only the answer was lost.
 with noted as (
-    insert into pgchannels.claims as k (node, token, names, ids) values ($3, $4, '{}', '{}')
-    on conflict (node) do update
-        set token = excluded.token, names = '{}', ids = '{}', made_at = clock_timestamp()
-      where k.token < excluded.token
+    update pgchannels.claims k set token = $4::bigint, names = '{}', ids = '{}', made_at = clock_timestamp()
+     where k.node = $3 and k.token < $4::bigint
     returning 1
+), locked as materialized (
+    select c.name from pgchannels.channels c
+     where c.name = any ($1::text[]) and exists (select from noted)
+     order by c.name for no key update of c
 ), updated as (
     update pgchannels.channels c set returned = c.returned || b.ids
-      from (select u.name, array_agg(u.id) as ids from unnest($1::text[], $2::bigint[]) u(name, id) group by u.name) b
-     where c.name = b.name and exists (select from noted)
+      from locked l
+      join (select u.name, array_agg(u.id) as ids from unnest($1::text[], $2::bigint[]) u(name, id) group by u.name) b
+        on b.name = l.name
+     where c.name = l.name
     returning c.name
 )
 insert into pgchannels.outbox (channel, payload)
 select 'pgchannels:members', json_build_object('channels', json_agg(u.name)) from updated u having count(*) > 0;
 
 -- name: touch_channels
--- Somebody waits to receive from these: they are in use.
-update pgchannels.channels c set last_active_at = clock_timestamp() where c.name = any ($1::text[]);
+-- Somebody waits to receive from these: they are in use. In the order of names, as claims lock them.
+with locked as materialized (
+    select c.name from pgchannels.channels c where c.name = any ($1::text[]) order by c.name for update
+)
+update pgchannels.channels c set last_active_at = clock_timestamp() from locked l where c.name = l.name;
 
 -- Members
 
@@ -432,9 +466,9 @@ insert into pgchannels.nodes (id, info) values ($1, $2::json);
 
 -- name: renew_node
 -- True while it lives; false once it has been declared dead; no row when all that has been cleared.
--- A gap of half a lease may have been an outage of the database, in which others could not renew.
+-- A gap of $2 may have been an outage of the database, in which others could not renew.
 update pgchannels.nodes n
-   set steady_since = case when n.heartbeat_at < clock_timestamp() - $2::interval / 2
+   set steady_since = case when n.heartbeat_at < clock_timestamp() - $2::interval
                            then clock_timestamp() else n.steady_since end,
        heartbeat_at = case when n.dead_since is null then clock_timestamp() else n.heartbeat_at end
  where n.id = $1
@@ -444,15 +478,16 @@ returning n.dead_since is null as is_alive;
 delete from pgchannels.nodes where id = $1;
 
 -- name: reap
-select r.removed, r.published from pgchannels.reap($1, $2::interval, $3) r;
+select r.more, r.published from pgchannels.reap($1, $2::interval, $3) r;
 
 -- name: settle_departures
 select pgchannels.settle_departures($1::interval, $2);
 
 -- name: add_channels
-insert into pgchannels.channels as c (name, node, user_id, metadata, cursor)
-select n.name, $2, n.user_id, n.metadata::json, b.head
+insert into pgchannels.channels as c (name, node, user_id, metadata, cursor, is_received)
+select n.name, $2, n.user_id, n.metadata::json, b.head, false
   from unnest($1::text[], $3::text[], $4::text[]) n(name, user_id, metadata) cross join pgchannels.bounds b
+ order by n.name
 on conflict (name) do update
     set node = excluded.node, user_id = excluded.user_id, metadata = excluded.metadata;
 
@@ -461,6 +496,9 @@ select pgchannels.change_memberships($1::text[], $2::text[], $3::boolean[], $4::
 
 -- name: remove_channels
 select pgchannels.remove_channels($1::text[], $2::interval, $3::uuid);
+
+-- name: channels_of
+select c.name from pgchannels.channels c where c.node = $1 limit $2;
 
 -- name: memberships_of
 select m.channel, m.group_name, m.since, m.presence

@@ -271,17 +271,33 @@ class CapacityTests:
         layer = await make_layer(capacity=1)
         await send_numbers(layer, "room", range(5))
 
-    async def test_new_channels_have_a_capacity(self, make_layer: MakeLayer) -> None:
+    async def test_a_connection_that_is_only_read_is_never_full(
+        self, make_layer: MakeLayer
+    ) -> None:
         layer = await make_layer(capacity=2)
         channel = await layer.new_channel()
-        await send_numbers(layer, channel, [1, 2])
+        await send_numbers(layer, channel, range(5))
+        assert await receive(layer, channel, 5) == list(range(5))
+        await send_numbers(layer, channel, [5, 6])
         with pytest.raises(ChannelFull):
-            await layer.send(channel, {"n": 3})
+            await layer.send(channel, {"n": 7})
+
+    async def test_a_deleted_channel_ends_the_waiting(self, make_layer: MakeLayer) -> None:
+        layer = await make_layer()
+        channel = await layer.new_channel()
+        waiting = asyncio.create_task(layer.receive(channel))
+        with pytest.raises(TimeoutError):
+            await layer.receive(channel, timeout=0.1)  # so that the other waits, too
+        await layer.delete_channel(channel)
+        with pytest.raises(InvalidChannel):
+            await waiting
 
     async def test_the_messages_of_groups_do_not_count(self, make_layer: MakeLayer) -> None:
         layer = await make_layer(capacity=1)
         channel = await layer.new_channel()
         await layer.group_add("room", channel)
+        with pytest.raises(TimeoutError):
+            await layer.receive(channel, timeout=0)
         await send_numbers(layer, "room", range(5))
         await layer.send_to([channel], {"n": 5})
         await layer.send_to([channel], {"n": 6})

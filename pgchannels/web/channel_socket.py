@@ -137,7 +137,7 @@ class ChannelSocket:
         """
         known = self._stream.reads(group)
         # First, so that nothing that is sent to members can fall in between.
-        await self._stream.join(group, after or None)
+        await self._stream.join_group(group, after or None)
         try:
             await self.layer.group_add(group, self.channel_name, presence=presence)
         except BaseException:
