@@ -275,8 +275,6 @@ class Members:
         self._id = id
 
     async def _work(self) -> None:
-        # Memberships that are being removed with a lost lease have not been ended by anyone: they
-        # are not looked at before they have been restored.
         if self._is_alive and self._to_restore:
             await self._restore()
         if self._to_look_at and not self._to_restore:
@@ -337,13 +335,17 @@ class Members:
             self._wakeup.set()
         versions = {name: m.version for name in names if (m := self._members.get(name))}
         try:
-            rows = await self._store.fetch("memberships_of", names)
+            rows = await self._store.fetch("memberships_of", names, self._id)
         except DatabaseError:
             self._to_look_at.update(names)
             raise
+        if not rows[0]["is_alive"]:
+            self._to_look_at.update(names)
+            return
         current: dict[str, dict[str, Any]] = {name: {} for name in names}
         for row in rows:
-            current[row["channel"]][row["group_name"]] = row
+            if row["channel"] is not None:
+                current[row["channel"]][row["group_name"]] = row
         for name, groups in current.items():
             member = self._members.get(name)
             if member is None:

@@ -273,7 +273,9 @@ class MemoryLog:
         starts = {
             member.group: max(channel.cursor, member.since) for member in self.members.of(name)
         }
-        starts[name] = starts[DIRECT] = channel.cursor
+        starts[name] = channel.cursor
+        if is_connection(name):
+            starts[DIRECT] = channel.cursor
         pages = (_after(self._ids.get(each, []), start) for each, start in starts.items())
         for id in merge(*pages):
             channel.cursor = id

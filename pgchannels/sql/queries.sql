@@ -501,8 +501,11 @@ select pgchannels.remove_channels($1::text[], $2::interval, $3::uuid);
 select c.name from pgchannels.channels c where c.node = $1 limit $2;
 
 -- name: memberships_of
-select m.channel, m.group_name, m.since, m.presence
-  from pgchannels.memberships m where m.channel = any ($1::text[]) and m.left_at is null;
+-- And whether the node $2 was alive: what lived by one that was declared dead is being removed, and
+-- nobody has ended it.
+select n.is_alive, m.channel, m.group_name, m.since, m.presence
+  from (select exists (select from pgchannels.nodes n where n.id = $2 and n.dead_since is null) as is_alive) n
+  left join pgchannels.memberships m on m.channel = any ($1::text[]) and m.left_at is null;
 
 -- name: group_members
 select m.channel from pgchannels.memberships m where m.group_name = $1 and m.left_at is null order by m.channel;
