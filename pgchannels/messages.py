@@ -8,7 +8,7 @@ text into what a socket gets, and only a reader that looks inside pays for parsi
 from __future__ import annotations
 
 import re
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import orjson
 
 from pgchannels.channels import DIRECT
-from pgchannels.errors import InvalidMessage, InvalidPayload, InvalidPosition
-from pgchannels.payloads import DEFAULT, Serializer, attach
+from pgchannels.errors import InvalidMessage, InvalidPayload, InvalidPosition, PGChannelsError
+from pgchannels.payloads import DEFAULT, Serializer, attach, encode_payload
 
 __all__ = ["BEGINNING", "Message", "Position", "check_ttl"]
 
@@ -266,6 +266,38 @@ class Message(Mapping[str, Any]):
             "created_at": self.created_at.astimezone(UTC).isoformat(timespec="microseconds"),
             "data": self.data,
         }
+
+    @classmethod
+    def from_dict(cls, envelope: Mapping[str, Any]) -> Message:
+        """Make a message of what a client got: the envelope, parsed, or a ``to_dict()``.
+
+        Raises:
+            InvalidMessage: if it is neither.
+        """
+        try:
+            channel = envelope["channel"]
+            if not isinstance(channel, str):
+                raise TypeError("a channel's name must be a str")
+            ephemeral = bool(envelope.get("ephemeral"))
+            position = BEGINNING if ephemeral else Position.parse(envelope["position"])
+            encoded = encode_payload(envelope["data"], max_size=2**63)
+            lifted = envelope.get("attachments") or {}
+            attachments = [*encoded.attachments, *map(b64decode, lifted.values())]
+            pointers = [*encoded.pointers, *lifted]
+            headers = {ATTACHMENTS: orjson.dumps(pointers).decode()} if pointers else None
+            return cls(
+                position.id,
+                channel,
+                encoded.text,
+                datetime.fromisoformat(envelope["created_at"]),
+                len(encoded.text.encode()),
+                position.epoch,
+                None if headers is None else orjson.dumps(headers).decode(),
+                attachments or None,
+                ephemeral=ephemeral,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, PGChannelsError) as error:
+            raise InvalidMessage(f"this is not the envelope of a message: {error!r}") from error
 
     def __getitem__(self, key: str) -> Any:
         return self.data[key]

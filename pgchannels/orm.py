@@ -31,6 +31,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    true,
 )
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
@@ -257,16 +258,21 @@ def _insert_statement(schema: str, *, plain: bool) -> Insert:
         "payload": cast(entries.c.payload, EncodedJSON),
         "expires_at": func.clock_timestamp() + entries.c.ttl,
     }
-    if not plain:
-        attachments = bindparam("attachments", type_=ARRAY(LargeBinary))
-        values["headers"] = cast(entries.c.headers, EncodedJSON)
-        values["attachments"] = case(
-            (
-                entries.c.last >= entries.c.first,
-                cast(attachments, ARRAY(LargeBinary))[entries.c.first : entries.c.last],
-            )
+    if plain:
+        return insert(outbox(schema)).from_select(list(values), select(*values.values()))
+    # As a column of its own: PostgreSQL takes no slice of what has just been cast.
+    all_of_them = select(
+        cast(bindparam("attachments", type_=ARRAY(LargeBinary)), ARRAY(LargeBinary)).label("each")
+    ).subquery()
+    values["headers"] = cast(entries.c.headers, EncodedJSON)
+    values["attachments"] = case(
+        (
+            entries.c.last >= entries.c.first,
+            all_of_them.c.each[entries.c.first : entries.c.last],
         )
-    return insert(outbox(schema)).from_select(list(values), select(*values.values()))
+    )
+    rows = select(*values.values()).select_from(entries.join(all_of_them, true()))
+    return insert(outbox(schema)).from_select(list(values), rows)
 
 
 def _check_bind(session: Session, entry_class: type[Entry]) -> None:

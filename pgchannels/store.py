@@ -128,17 +128,15 @@ class Queries:
     ) -> list[tuple[int, Message]]:
         """The ephemeral messages with these ids, as having come after *reached*."""
         rows = await self.fetch("read_ephemeral", first, last, limit)
-        return [
-            (
-                row[0],
-                Message(
-                    *(reached.id, *row[1:5], reached.epoch, *row[5:]),
-                    serializer=self._serializer,
-                    ephemeral=True,
-                ),
-            )
-            for row in rows
-        ]
+        return [(row[0], self._ephemeral(row, reached)) for row in rows]
+
+    def _ephemeral(self, row: Record, reached: Position) -> Message:
+        _, channel, payload, created_at, size, headers, attachments = row
+        return Message(
+            *(reached.id, channel, payload, created_at, size, reached.epoch, headers, attachments),
+            serializer=self._serializer,
+            ephemeral=True,
+        )
 
     async def claim(self, wanted: dict[str, int], *, claimant: UUID, token: int) -> Claims:
         """Take up to so many messages for each channel.

@@ -51,6 +51,7 @@ class Source(Protocol):
 
     async def replay(self, channels: tuple[str, ...], after: int) -> LogPage:
         """A page of the log: messages of *channels* with ids above *after*, oldest first."""
+        ...
 
 
 # Ephemeral messages that may wait; more are dropped.

@@ -397,7 +397,9 @@ declare
 begin
     more := false;
     published := 0;
-    select n.dead_since is null and n.steady_since < clock_timestamp() - lease into is_steady
+    -- After an outage it may come here before it has renewed its own lease, and so noticed the gap.
+    select n.dead_since is null and n.steady_since < clock_timestamp() - lease
+           and n.heartbeat_at > clock_timestamp() - lease / 2 into is_steady
       from pgchannels.nodes n where n.id = me;
     select array_agg(n.id) into dead
       from pgchannels.nodes n where n.dead_since is not null and (is_steady or n.id = me);

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from decimal import Decimal
 from typing import Any, cast
 
 import psycopg
@@ -32,6 +34,7 @@ from pgchannels import (
     InvalidChannel,
     InvalidMessage,
     InvalidPayload,
+    Message,
     MessageTooLarge,
     PostgresLayer,
     Settings,
@@ -39,7 +42,7 @@ from pgchannels import (
 from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.migrate import upgrade
 from pgchannels.orm import install, publish
-from pgchannels.payloads import JSONSerializer
+from pgchannels.payloads import JSONSerializer, Serializer
 from tests.support.servers import server_directory
 
 
@@ -70,7 +73,7 @@ class WakeCounter:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.serializer = JSONSerializer()
+        self.serializer: Serializer = JSONSerializer()
         self.woken = 0
         self.error: Exception | None = None
 
@@ -123,6 +126,13 @@ def engine(database_url: str) -> Iterator[sa.Engine]:
     Base.metadata.create_all(engine)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+def make(engine: sa.Engine, counter: WakeCounter) -> sessionmaker[Session]:
+    maker = sessionmaker(engine)
+    install(maker, counter.layer)
+    return maker
 
 
 @pytest.fixture
@@ -524,12 +534,6 @@ class TestAsync:
 
 
 class TestSync:
-    @pytest.fixture
-    def make(self, engine: sa.Engine, counter: WakeCounter) -> sessionmaker[Session]:
-        maker = sessionmaker(engine)
-        install(maker, counter.layer)
-        return maker
-
     def test_a_commit_that_fails(self, make: sessionmaker[Session], log: Log) -> None:
         with make() as session:
             publish(session, "room", {"n": 1})
@@ -686,12 +690,6 @@ class TestRetrying:
 
 class TestEvents:
     """Publishing from inside a flush, where nothing may be added to the session."""
-
-    @pytest.fixture
-    def make(self, engine: sa.Engine, counter: WakeCounter) -> sessionmaker[Session]:
-        maker = sessionmaker(engine)
-        install(maker, counter.layer)
-        return maker
 
     @pytest.fixture
     def listen(self) -> Iterator[Callable[..., None]]:
@@ -978,12 +976,6 @@ class TestInstalling:
 
 
 class TestWaking:
-    @pytest.fixture
-    def make(self, engine: sa.Engine, counter: WakeCounter) -> sessionmaker[Session]:
-        maker = sessionmaker(engine)
-        install(maker, counter.layer)
-        return maker
-
     def test_after_the_commit_of_the_whole(
         self, make: sessionmaker[Session], counter: WakeCounter
     ) -> None:
@@ -1053,3 +1045,86 @@ class TestWaking:
             publish(session, "room", {"n": 1})
             session.commit()
         assert log.read() == [1]
+
+
+class TestWhatAMessageCanCarry:
+    """Headers, bytes and a serialiser of one's own, by one insert for all that are flushed."""
+
+    async def read(self, database_url: str, count: int) -> list[Message]:
+        async with (
+            PostgresLayer(Settings(database_url=database_url), serializer=Tagged()) as layer,
+            layer.subscribe("room", after="0") as stream,
+            asyncio.timeout(10),
+        ):
+            messages: list[Message] = []
+            while len(messages) < count:
+                messages += await stream.batch()
+        return messages
+
+    async def test_sync(self, make: sessionmaker[Session], database_url: str, log: Log) -> None:
+        with make() as session:
+            publish(session, "room", {"n": 1, "b": b"\0\xff"}, headers={"trace": "é"})
+            publish(session, "room", {"n": 2})
+            publish(session, "room", {"n": 3, "b": [b"", {"c/d": b"x" * 5000}]})
+            publish(session, "room", {"n": 4}, headers={"trace": "C:\\users"})
+            session.commit()
+        messages = await self.read(database_url, 4)
+        assert [message.data["n"] for message in messages] == [1, 2, 3, 4]
+        assert messages[0]["b"] == b"\0\xff"
+        assert messages[2]["b"] == [b"", {"c/d": b"x" * 5000}]
+        assert [message.headers.get("trace") for message in messages] == [
+            "é",
+            None,
+            None,
+            "C:\\users",
+        ]
+
+    async def test_async(
+        self, async_engine: AsyncEngine, settings: Settings, database_url: str
+    ) -> None:
+        maker = async_sessionmaker(async_engine)
+        install(maker, settings=settings)
+        async with maker() as session:
+            publish(session, "room", {"n": 1, "b": bytearray(b"x")})
+            publish(session, "room", {"n": 2})
+            await session.commit()
+        messages = await self.read(database_url, 2)
+        assert [message.data["n"] for message in messages] == [1, 2]
+        assert messages[0]["b"] == b"x"
+
+    @pytest.mark.parametrize(
+        "headers",
+        [{"a": 1}, {1: "a"}, {"pgchannels-only": "[]"}, {"a": "b\0"}, {"a": "b" * 9000}],
+    )
+    def test_bad_headers(self, make: sessionmaker[Session], headers: Any) -> None:
+        with make() as session, pytest.raises(InvalidMessage):
+            publish(session, "room", {"n": 1}, headers=headers)
+
+    async def test_a_serialiser_of_ones_own(
+        self, make: sessionmaker[Session], counter: WakeCounter, database_url: str, log: Log
+    ) -> None:
+        counter.serializer = Tagged()
+        with make() as session:
+            publish(session, "room", {"n": 1, "price": Decimal("1.10"), "b": b"x"})
+            session.commit()
+        (message,) = await self.read(database_url, 1)
+        assert message.data == {"n": 1, "price": Decimal("1.10"), "b": b"x"}
+
+
+class Tagged:
+    """Knows decimals."""
+
+    def dumps(self, payload: Mapping[str, Any]) -> str:
+        def tag(value: object) -> object:
+            if isinstance(value, Decimal):
+                return {"decimal": str(value)}
+            raise TypeError(f"not {value!r}")
+
+        return json.dumps(payload, default=tag)
+
+    def loads(self, text: str) -> dict[str, Any]:
+        def untag(found: dict[str, Any]) -> Any:
+            return Decimal(found["decimal"]) if found.keys() == {"decimal"} else found
+
+        loaded: dict[str, Any] = json.loads(text, object_hook=untag)
+        return loaded

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from psycopg.rows import scalar_row
 
-from pgchannels.errors import InvalidChannel
 from pgchannels.channels import check_channel
+from pgchannels.errors import InvalidChannel
 from pgchannels.sql import load_queries
 
 MIB = 1024 * 1024

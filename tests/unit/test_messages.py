@@ -408,3 +408,42 @@ class TestEphemeral:
         assert not m.is_for("ws.1")
         assert m.is_for("ws.2")
         assert message(ephemeral=True).is_for(None)
+
+
+class TestFromDict:
+    @pytest.mark.parametrize("ephemeral", [False, True])
+    def test_what_to_dict_gave(self, ephemeral: bool) -> None:
+        m = message('{"a": [1, null]}', ephemeral=ephemeral)
+        again = Message.from_dict(m.to_dict())
+        assert again.to_dict() == m.to_dict()
+        assert (again == m) is not ephemeral
+
+    def test_what_a_client_got(self) -> None:
+        m = message(
+            '{"a": null, "b": {"c": null}}',
+            headers={ATTACHMENTS: '["/a", "/b/c"]'},
+            attachments=[b"x", b"\0"],
+        )
+        again = Message.from_dict(json.loads(m.envelope))
+        assert again.data == {"a": b"x", "b": {"c": b"\0"}}
+        assert json.loads(again.envelope) == json.loads(m.envelope)
+        assert Message.from_dict(m.to_dict()).data == again.data
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"position": "7"},
+            {"position": None},
+            {"channel": None},
+            {"created_at": "yesterday"},
+            {"data": []},
+            {"attachments": {"/a": 5}},
+            {"attachments": ["/a"]},
+        ],
+    )
+    def test_anything_else(self, change: dict[str, Any]) -> None:
+        envelope = {**message().to_dict(), **change}
+        with pytest.raises(InvalidMessage):
+            Message.from_dict(envelope)
+        with pytest.raises(InvalidMessage):
+            Message.from_dict({})
