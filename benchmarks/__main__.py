@@ -9,7 +9,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import ceiling, fanout, held_open, latency, sockets, throughput, transactions
+from benchmarks import (
+    ceiling,
+    fanout,
+    held_open,
+    latency,
+    members,
+    receivers,
+    sockets,
+    throughput,
+    transactions,
+)
 from benchmarks.context import Context
 from benchmarks.loop import run
 from benchmarks.report import machine_facts, table, write_json
@@ -17,7 +27,17 @@ from benchmarks.server import Server, embedded_server, named_server
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (latency, throughput, transactions, fanout, sockets, ceiling, held_open)
+    for module in (
+        latency,
+        throughput,
+        transactions,
+        fanout,
+        sockets,
+        ceiling,
+        held_open,
+        members,
+        receivers,
+    )
 }
 
 # Columns, where there is no terminal to ask.

@@ -25,12 +25,12 @@ __all__ = ["Ephemeral"]
 logger = logging.getLogger("pgchannels.ephemeral")
 
 _HINT = re.compile(r"e (\d{1,18}) (\d{1,18})", re.ASCII)
-# Notifications that may wait, messages that one of them may bring, and ids that are remembered.
-_MAX_HINTS = 1000
+# Messages that one read brings, and ids that are remembered.
 _MAX_MESSAGES = 1000
 _REMEMBERED = 20_000
-# Seconds to wait after a hint at messages that are not there.
+# Seconds to wait after a hint at messages that are not there, or that have come already.
 _AFTER_FALSE_HINT = 0.05
+_AFTER_OLD_HINT = 0.005
 
 
 class Ephemeral:
@@ -44,7 +44,8 @@ class Ephemeral:
     def __init__(self, store: Store, hub: Hub) -> None:
         self._store = store
         self._hub = hub
-        self._hints: deque[tuple[int, int]] = deque()
+        # What was hinted at since the last look. However many hints come, they cost one look.
+        self._range: tuple[int, int] | None = None
         self._hinted = asyncio.Event()
         self._seen: deque[int] = deque()
         self._is_seen: set[int] = set()
@@ -54,32 +55,43 @@ class Ephemeral:
         match = _HINT.fullmatch(payload)
         if match is None:
             return False
-        if len(self._hints) < _MAX_HINTS:
-            self._hints.append((int(match[1]), int(match[2])))
-            self._hinted.set()
+        first, last = int(match[1]), int(match[2])
+        if self._range is not None:
+            first, last = min(first, self._range[0]), max(last, self._range[1])
+        self._range = first, last
+        self._hinted.set()
         return True
 
     async def run(self) -> None:
         while True:
             await self._hinted.wait()
             self._hinted.clear()
-            while self._hints:
-                try:
-                    found = await self._bring(*self._hints.popleft())
-                except DatabaseError as error:
-                    logger.info("ephemeral messages are lost: %s", error)
-                    found = False
-                if not found:
-                    await asyncio.sleep(_AFTER_FALSE_HINT)
+            hinted, self._range = self._range, None
+            if hinted is None:
+                continue
+            try:
+                await asyncio.sleep(await self._bring(*hinted))
+            except DatabaseError as error:
+                logger.info("ephemeral messages are lost: %s", error)
+                await asyncio.sleep(_AFTER_FALSE_HINT)
 
-    async def _bring(self, first: int, last: int) -> bool:
-        read = await self._store.read_ephemeral(first, last, _MAX_MESSAGES, self._hub.position)
-        for id, message in read:
-            # Those of concurrent statements may lie in between, and have hints of their own.
-            if id not in self._is_seen:
-                self._remember(id)
-                self._hub.offer(message)
-        return bool(read)
+    async def _bring(self, first: int, last: int) -> float:
+        """Hand out what is there; return for how long to rest after that."""
+        rest = _AFTER_FALSE_HINT
+        while True:
+            position = self._hub.position
+            read = await self._store.read_ephemeral(first, last, _MAX_MESSAGES, position)
+            for id, message in read:
+                # Those of concurrent statements may lie in between, and have hints of their own.
+                if id in self._is_seen:
+                    rest = min(rest, _AFTER_OLD_HINT)
+                else:
+                    rest = 0
+                    self._remember(id)
+                    self._hub.offer(message)
+            if len(read) < _MAX_MESSAGES:
+                return rest
+            first = read[-1][0] + 1
 
     def _remember(self, id: int) -> None:
         self._seen.append(id)

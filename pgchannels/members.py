@@ -179,8 +179,11 @@ class Members:
         member.update(user_id, metadata)
 
     async def delete_channel(self, name: str) -> None:
-        if self._members.pop(name, None) is None:
+        member = self._members.pop(name, None)
+        if member is None:
             return
+        for group in list(member.groups):
+            member.left(group)
         self._receivers.end(name)
         try:
             await self._changes.submit(_Remove(name))

@@ -127,7 +127,9 @@ class Node:
         await self._end(*self._tasks)
         for stream in list(self.streams):
             stream.close(ChannelLayerClosed("the channel layer has been closed"))
-        await asyncio.gather(self._sequencer.close(), self._pruner.close())
+        await asyncio.gather(
+            self._sequencer.close(), self._pruner.close(), self.receivers.disconnect()
+        )
         await self.store.close()
         await self.hub.close()
 

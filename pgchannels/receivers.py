@@ -197,6 +197,10 @@ class Receivers:
             if self._returning:
                 logger.error("%d messages could not be handed back", len(self._returning))
 
+    async def disconnect(self) -> None:
+        """Close the connection. ``run()`` must have ended."""
+        await self._session.close()
+
     def _inbox(self, channel: str) -> _Inbox:
         inbox = self._inboxes.get(channel)
         if inbox is None:

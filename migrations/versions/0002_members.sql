@@ -221,23 +221,26 @@ begin
 
     if true = any (adding) then
         -- Who is renewed as somebody else leaves as who it was.
-        select json_agg(r) into departed from (
-            select m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata
-              from unnest(groups, names, adding, presences) c(group_name, channel, adding, presence)
-              join pgchannels.memberships m on m.group_name = c.group_name and m.channel = c.channel
-              left join pgchannels.channels k on k.name = c.channel
-             where c.adding and m.group_name = any (counted)
-               and m.identity <> case coalesce(c.presence, m.presence)
-                       when 'user' then 'user:' || k.user_id else 'connection:' || c.channel end) r;
-        -- A connection's channel that is no more gets no memberships; others need no row. One that is
-        -- being removed now waits for us, and then finds the membership; or we wait, and find it gone.
-        with known as materialized (
-            select k.name, k.user_id, k.metadata
-              from pgchannels.channels k where k.name = any (names) order by k.name for key share
-        ), asked as (
+        if counted <> '{}' then
+            select json_agg(r) into departed from (
+                select m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata
+                  from unnest(groups, names, adding, presences) c(group_name, channel, adding, presence)
+                  join pgchannels.memberships m on m.group_name = c.group_name and m.channel = c.channel
+                  left join pgchannels.channels k on k.name = c.channel
+                 where c.adding and m.group_name = any (counted)
+                   and m.identity <> case coalesce(c.presence, m.presence)
+                           when 'user' then 'user:' || k.user_id else 'connection:' || c.channel end) r;
+        end if;
+        -- A channel that is being removed elsewhere waits for us, and then finds the membership; or we
+        -- wait, and find it gone. The announcer's own are removed by nobody else, and need no lock.
+        perform from pgchannels.channels k
+          where k.name = any (names) and k.node is distinct from announcer order by k.name for key share;
+        -- A connection's channel that is no more gets no memberships; others need no row.
+        with asked as (
             select c.group_name, c.channel, c.presence, k.user_id, k.metadata
               from unnest(groups, names, adding, presences) c(group_name, channel, adding, presence)
-              left join known k on k.name = c.channel
+              left join lateral (
+                  select k.name, k.user_id, k.metadata from pgchannels.channels k where k.name = c.channel) k on true
              where c.adding and (k.name is not null or c.channel !~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$')
         ), joined as (
             insert into pgchannels.memberships as m (group_name, channel, since, presence, user_id, metadata)

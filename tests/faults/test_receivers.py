@@ -11,16 +11,17 @@ import random
 import signal
 import subprocess
 from collections import Counter
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
-from pgchannels import PostgresLayer, Settings
+from pgchannels import PostgresLayer, Settings, receivers
 from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.errors import DatabaseUnavailable
+from pgchannels.receivers import Receivers
 from tests.support.eventually import eventually
 from tests.support.processes import Processes
 from tests.support.tcp_proxy import TcpProxy
@@ -71,6 +72,7 @@ async def main():
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     async with layer:
         working = [asyncio.create_task(work()) for _ in range(count)]
+        print("ready", flush=True)
         await stopped.wait()
         for task in working:
             task.cancel()
@@ -95,16 +97,17 @@ class Receiving:
         self.running: list[subprocess.Popen[bytes]] = []
 
     async def start(self, count: int) -> None:
-        """Start processes, and wait until each has received something."""
-        files = []
+        """Start processes, and wait until they receive."""
+        started = []
         for _ in range(count):
             path = self._directory / f"received-{len(self._files)}"
             path.touch()
             self._files.append(path)
-            files.append(path)
             arguments = ("-c", RECEIVER, str(path), str(TASKS), str(len(self._files)))
-            self.running.append(self._processes.start(*arguments, env=self._env))
-        await eventually(lambda: all(path.stat().st_size for path in files), timeout=60)
+            started.append(self._processes.start(*arguments, env=self._env))
+        self.running += started
+        output = self._processes.output
+        await eventually(lambda: all("ready" in output(each) for each in started), timeout=60)
 
     def kill(self) -> None:
         """SIGKILL the one that has run longest."""
@@ -134,7 +137,7 @@ class Receiving:
         await eventually(lambda: self.size() > size, timeout=60)
 
 
-async def publish(layer: PostgresLayer, numbers: range, *, paced: bool = False) -> None:
+async def publish(layer: PostgresLayer, numbers: range) -> None:
     """Send to the channel and to two groups that it is a member of, in several tasks."""
 
     async def some(part: range) -> None:
@@ -143,8 +146,6 @@ async def publish(layer: PostgresLayer, numbers: range, *, paced: bool = False) 
                 await layer.send("jobs", {"n": n})
             else:
                 await layer.group_send(f"team:{n % 3}", {"n": n})
-            if paced:
-                await asyncio.sleep(0.01)
 
     async with asyncio.TaskGroup() as group:
         for start in range(20):
@@ -197,84 +198,95 @@ async def test_four_processes_compete(
     receiving = Receiving(processes, tmp_path, database_url)
     async with asyncio.timeout(100), PostgresLayer(database_url) as layer:
         await joined(layer)
-        publishing = asyncio.create_task(publish(layer, expected))
         await receiving.start(4)
+        publishing = asyncio.create_task(publish(layer, expected))
         lines = len("12345\n")
         for kill in range(kills):
             share = (kill + 2) * len(expected) * lines // (kills + 4)
             await receiving.reached(share)
             receiving.kill()
+            assert not await all_taken(database_url), "all was over before it was killed"
             await receiving.start(1)
-        assert not await all_taken(database_url), "all was over before the last kill"
         await publishing
         await eventually(lambda: all_taken(database_url), timeout=60)
         await receiving.stop()
         check(receiving.received() + await rest(layer), expected, may_lack=kills * TASKS)
 
 
+class Publishing:
+    """Publishes until it is stopped, each message until that is certain: its key makes it once."""
+
+    def __init__(self, layer: PostgresLayer) -> None:
+        self._layer = layer
+        self._stopped = False
+        self._count = 0
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> range:
+        """Return what has been published."""
+        self._stopped = True
+        await self._task
+        return range(self._count)
+
+    async def _run(self) -> None:
+        while not self._stopped:
+            some = range(self._count, self._count + 20)
+            self._count = some.stop
+            await asyncio.gather(*map(self._publish, some), asyncio.sleep(0.01))
+
+    async def _publish(self, n: int) -> None:
+        channel = "jobs" if n % 3 == 0 else f"team:{n % 3}"
+        while True:
+            try:
+                await self._layer.send(channel, {"n": n}, key=str(n))
+                return
+            except DatabaseUnavailable:
+                await asyncio.sleep(0.05)
+
+
 async def test_their_backends_are_terminated(
     database_url: str, processes: Processes, tmp_path: Path
 ) -> None:
     """Whatever a session was doing: claims are repeated, not doubled, and none is lost."""
-    expected = range(4_000)
     receiving = Receiving(processes, tmp_path, database_url)
     draw = random.Random(0)
     terminated = 0
     connection = await asyncpg.connect(database_url)
     try:
-        async with asyncio.timeout(60), PostgresLayer(database_url) as layer:
+        async with asyncio.timeout(90), PostgresLayer(database_url) as layer:
             await joined(layer)
-            publishing = asyncio.create_task(publish(layer, expected, paced=True))
+            publishing = Publishing(layer)
             await receiving.start(2)
-            while not publishing.done():
+            while terminated < 30:
                 await asyncio.sleep(draw.random() * 0.05)
                 terminated += await connection.fetchval(
                     "select count(*) filter (where pg_terminate_backend(pid)) from pg_stat_activity"
                     " where datname = current_database()"
                     " and application_name = 'pgchannels receivers'"
                 )
-            await publishing
+            expected = await publishing.stop()
             await eventually(lambda: all_taken(database_url), timeout=30)
             await receiving.stop()
             received = receiving.received() + await rest(layer)
     finally:
         await connection.close(timeout=5)
-    assert terminated > 20, "hardly any session was met, so that this proves little"
     check(received, expected)
-
-
-async def publish_surely(layer: PostgresLayer, numbers: range) -> None:
-    """Again and again, until it is certain; the key makes it once."""
-
-    async def some(part: range) -> None:
-        for n in part:
-            await asyncio.sleep(0.01)
-            while True:
-                try:
-                    await layer.send("jobs", {"n": n}, key=str(n))
-                    break
-                except DatabaseUnavailable:
-                    await asyncio.sleep(0.05)
-
-    async with asyncio.TaskGroup() as group:
-        for start in range(20):
-            group.create_task(some(numbers[start::20]))
 
 
 async def test_the_server_crashes(
     own_server: EmbeddedPostgres, processes: Processes, tmp_path: Path
 ) -> None:
-    expected = range(2_000)
     url = own_server.url()
     receiving = Receiving(processes, tmp_path, url)
     async with asyncio.timeout(90), PostgresLayer(url) as layer:
-        await layer.group_add("team:1", "jobs")
-        publishing = asyncio.create_task(publish_surely(layer, expected))
+        await joined(layer)
+        publishing = Publishing(layer)
         await receiving.start(2)
+        for _ in range(2):
+            await receiving.reached(receiving.size() + 1_000)
+            await asyncio.to_thread(own_server.restart, "immediate")
         await receiving.reached(receiving.size() + 1_000)
-        await asyncio.to_thread(own_server.restart, "immediate")
-        assert not publishing.done(), "all was over before the crash"
-        await publishing
+        expected = await publishing.stop()
         await eventually(lambda: all_taken(url), timeout=60)
         await receiving.stop()
         check(receiving.received() + await rest(layer), expected)
@@ -339,3 +351,95 @@ async def test_a_claim_outlives_its_connection(database_url: str, *, overtaking:
     finally:
         await holder.close(timeout=5)
         await watcher.close(timeout=5)
+
+
+async def cancelled_too_late(layer: PostgresLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be cancelled when the message 1 has been handed out, and before it could be taken."""
+    pass_on = Receivers._pass_on
+    receiving = asyncio.create_task(layer.receive("jobs"))
+
+    def pass_on_and_cancel(*arguments: Any) -> None:
+        pass_on(*arguments)
+        receiving.cancel()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Receivers, "_pass_on", pass_on_and_cancel)
+        await layer.send("jobs", {"n": 1})
+        await asyncio.wait([receiving])
+    assert receiving.cancelled()
+
+
+async def test_cancelled_when_its_channel_is_forgotten(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The inbox is cleared away just when what it has handed out comes back."""
+    connection = await asyncpg.connect(database_url)
+
+    async def handed_back() -> Any:
+        return await connection.fetchval("select returned from pgchannels.channels")
+
+    try:
+        async with PostgresLayer(database_url) as layer:
+            monkeypatch.setattr(receivers, "_IDLE_TIME", 0.0)
+            await cancelled_too_late(layer, monkeypatch)
+            await eventually(handed_back)
+            monkeypatch.undo()
+            assert (await layer.receive("jobs", timeout=5))["n"] == 1
+    finally:
+        await connection.close(timeout=5)
+    assert "failed" not in caplog.text
+
+
+async def test_handing_back_is_refused(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a deadlock, say. It is tried again."""
+    async with PostgresLayer(database_url) as layer:
+        connection = await asyncpg.connect(database_url)
+        try:
+            await connection.execute(
+                "create sequence attempts;"
+                "create function refuse() returns trigger language plpgsql as $$ begin"
+                "  if nextval('public.attempts') = 1 then"
+                "    raise exception 'refused' using errcode = 'deadlock_detected';"
+                "  end if;"
+                "  return new; end $$;"
+                "create trigger refuse before update of returned on pgchannels.channels"
+                "  for each row when (new.returned <> '{}') execute function refuse()"
+            )
+        finally:
+            await connection.close(timeout=5)
+        await cancelled_too_late(layer, monkeypatch)
+        await eventually(lambda: "refused" in caplog.text)
+        assert (await layer.receive("jobs", timeout=10))["n"] == 1
+
+
+async def test_claims_and_handing_back_for_many_channels(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Several nodes lock the same channels, many at a time, and not against each other."""
+    draw = random.Random(1)
+    channels = [f"jobs:{n}" for n in range(40)]
+    received: list[int] = []
+
+    async def work(layer: PostgresLayer) -> None:
+        async def receive() -> None:
+            received.append((await layer.receive(draw.choice(channels)))["n"])
+
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(receive(), draw.random() * 0.006)
+
+    async with AsyncExitStack() as stack:
+        layers = [await stack.enter_async_context(PostgresLayer(database_url)) for _ in range(4)]
+        working = [asyncio.create_task(work(layer)) for layer in layers for _ in range(60)]
+        for n in range(0, 6_000, 200):
+            await asyncio.gather(
+                *(layers[0].send(draw.choice(channels), {"n": n + i}) for i in range(200))
+            )
+        await eventually(lambda: len(received) == 6_000, timeout=60)
+        for task in working:
+            task.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
+    check(received, range(6_000))
+    assert "deadlock" not in caplog.text
