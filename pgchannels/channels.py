@@ -7,7 +7,7 @@ from hashlib import sha256
 from urllib.parse import quote
 from uuid import UUID, uuid4
 
-from pgchannels.errors import InvalidChannel
+from pgchannels.errors import InvalidChannel, InvalidUser
 
 __all__ = [
     "DIRECT",
@@ -15,6 +15,7 @@ __all__ = [
     "MAX_CHANNEL_LENGTH",
     "MEMBERS",
     "check_channel",
+    "check_user",
     "is_connection",
     "new_name",
     "presence_channel",
@@ -87,20 +88,32 @@ def is_connection(channel: str) -> bool:
     return _CONNECTION.search(channel) is not None
 
 
+def check_user(user_id: object) -> str:
+    """Return *user_id* if it can be one: a text of 1 to 1000 characters.
+
+    Raises:
+        InvalidUser: if not.
+    """
+    if not isinstance(user_id, str):
+        raise InvalidUser(f"a user's id must be a str, not {type(user_id).__name__}")
+    if not 1 <= len(user_id) <= 1000:
+        raise InvalidUser(f"a user's id has 1 to 1000 characters, not {len(user_id)}")
+    if "\0" in user_id or any("\ud800" <= character <= "\udfff" for character in user_id):
+        raise InvalidUser("a user's id must not hold NUL or lone surrogates")
+    return user_id
+
+
 def user_channel(user_id: str) -> str:
     """The channel that all connections of a user read. Any text will do as an id.
 
     Raises:
-        InvalidChannel: for something else than a text, or an empty one.
+        InvalidUser: it cannot be a user's id.
     """
-    given: object = user_id  # it may come from anywhere
-    if not isinstance(given, str) or not given:
-        raise InvalidChannel(given, "a user's id must be a str, and not empty")
     # Not every id would be a valid name. A colon does not come out of quote().
-    name = _USER + quote(given, safe="", errors="surrogatepass")
+    name = _USER + quote(check_user(user_id), safe="")
     if len(name) <= MAX_CHANNEL_LENGTH:
         return name
-    return f"{_USER}:{sha256(given.encode(errors='surrogatepass')).hexdigest()}"
+    return f"{_USER}:{sha256(user_id.encode()).hexdigest()}"
 
 
 def presence_channel(group: str) -> str:

@@ -11,6 +11,7 @@
      ├─ InvalidMessage              refused before anything was written
      │   ├─ InvalidChannel
      │   ├─ InvalidPayload
+     │   ├─ InvalidUser
      │   └─ MessageTooLarge
      ├─ InvalidPosition             not the text of a position
      │   └─ UnknownPosition         well-formed, but no message of this log ever had it
@@ -38,6 +39,7 @@ __all__ = [
     "InvalidMessage",
     "InvalidPayload",
     "InvalidPosition",
+    "InvalidUser",
     "MessageTooLarge",
     "PGChannelsError",
     "SchemaError",
@@ -151,6 +153,10 @@ class InvalidChannel(InvalidMessage):
 
 class InvalidPayload(InvalidMessage):
     """A payload that is not a JSON object, or that JSON cannot carry."""
+
+
+class InvalidUser(InvalidMessage):
+    """A user's id that cannot be one, or none where one is needed. The application's mistake."""
 
 
 class MessageTooLarge(InvalidMessage):

@@ -19,6 +19,7 @@ from pgchannels.channels import (
     DIRECT,
     EVERYONE,
     check_channel,
+    check_user,
     presence_channel,
     user_channel,
 )
@@ -82,9 +83,11 @@ class ChannelLayer(ABC):
     ) -> None:
         self.settings = settings or Settings()
         self.serializer = serializer
+        self._entered = 0
 
     async def __aenter__(self) -> Self:
         await self.open()
+        self._entered += 1
         return self
 
     async def __aexit__(
@@ -93,7 +96,10 @@ class ChannelLayer(ABC):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.close()
+        # Entered again inside of a block, it is the outer one's to close.
+        self._entered = max(0, self._entered - 1)
+        if not self._entered:
+            await self.close()
 
     @abstractmethod
     async def open(self) -> None:
@@ -400,6 +406,7 @@ class ChannelLayer(ABC):
         Memberships keep what they were joined with.
 
         Raises:
+            InvalidUser: *user_id* cannot be a user's id.
             InvalidChannel: it is not a channel of this layer's :meth:`new_channel`.
         """
 
@@ -426,7 +433,7 @@ class ChannelLayer(ABC):
 
         Raises:
             InvalidChannel: for a bad name.
-            InvalidMessage: ``presence="user"`` for a channel without a user.
+            InvalidUser: ``presence="user"`` for a channel without a user.
         """
         if presence is not None:
             if presence not in ("user", "connection"):
@@ -560,21 +567,13 @@ def encode_metadata(metadata: Mapping[str, Any] | None) -> str | None:
     return encoded.text
 
 
-def check_user(user_id: object) -> str | None:
-    """Return *user_id* if it can be one: a text of 1 to 1000 characters, or None.
+def check_owner(user_id: str | None) -> str | None:
+    """Return whose a channel is to be, or None for nobody's.
 
     Raises:
-        InvalidChannel: if not.
+        InvalidUser: it cannot be a user's id.
     """
-    if user_id is None:
-        return None
-    if not isinstance(user_id, str) or not 1 <= len(user_id) <= 1000 or "\0" in user_id:
-        raise InvalidChannel(user_id, "a user's id must be a str of 1 to 1000 characters")
-    try:
-        user_id.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidChannel(user_id, "a user's id must not hold a lone surrogate") from error
-    return user_id
+    return None if user_id is None else check_user(user_id)
 
 
 def _check_known(position: Position | None, head: Head) -> None:

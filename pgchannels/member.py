@@ -47,11 +47,13 @@ class Member:
     def joined(self, group: str, since: int, presence: PresenceBy | None) -> None:
         """It has become a member, or was one all along."""
         self.version += 1
-        known = self.groups.setdefault(group, since)
         if presence is not None:
             self.presences[group] = presence
+        if group in self.groups:
+            return  # a stream that has left it does not begin again where the member did
+        self.groups[group] = since
         for stream in self.streams:
-            stream.follow_group(group, known)
+            stream.follow_group(group, since)
 
     def left(self, group: str) -> None:
         """It is no member any more."""

@@ -29,8 +29,8 @@ from pgchannels.errors import (
     DatabaseError,
     DatabaseUnavailable,
     InvalidChannel,
-    InvalidMessage,
     InvalidPayload,
+    InvalidUser,
 )
 from pgchannels.member import Member
 
@@ -202,8 +202,9 @@ class Members:
             await self._changes.submit(change)
         except DatabaseError as error:
             if error.sqlstate == _CHECK_VIOLATION and presence == "user":
-                raise InvalidMessage(
-                    f"presence='user' needs a channel with a user; {channel!r} has none"
+                raise InvalidUser(
+                    "presence='user' needs a channel with a user: new_channel(user_id=…), or "
+                    "identify() in a consumer"
                 ) from error
             self._look(channel)  # it may have been done, and must then be known here
             raise

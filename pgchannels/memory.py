@@ -16,7 +16,7 @@ from uuid import uuid4
 from pgchannels.channels import check_channel, new_name
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError, InvalidChannel
 from pgchannels.follower import Follower
-from pgchannels.layer import ChannelLayer, check_user, encode_metadata
+from pgchannels.layer import ChannelLayer, check_owner, encode_metadata
 from pgchannels.member import Member
 from pgchannels.memory_follower import MemoryFollower, statuses
 from pgchannels.memory_log import MemoryLog
@@ -67,6 +67,7 @@ class MemoryLayer(ChannelLayer):
             self._node = _Node(self.log, self.settings)
 
     async def close(self) -> None:
+        self._entered = 0
         node, self._node = self._node, None
         if node is not None:
             node.close()
@@ -146,7 +147,7 @@ class MemoryLayer(ChannelLayer):
         metadata: Mapping[str, Any] | None = None,
     ) -> str:
         node = self._opened
-        member = Member(new_name(prefix, node.id), check_user(user_id), encode_metadata(metadata))
+        member = Member(new_name(prefix, node.id), check_owner(user_id), encode_metadata(metadata))
         node.members[member.name] = member
         self.log.add_channel(member.name, node.id, user_id=member.user_id, metadata=member.metadata)
         return member.name
@@ -159,7 +160,7 @@ class MemoryLayer(ChannelLayer):
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         member = self._opened.member(channel)
-        member.update(check_user(user_id), encode_metadata(metadata))
+        member.update(check_owner(user_id), encode_metadata(metadata))
         self.log.update_channel(channel, member.user_id, member.metadata)
 
     async def delete_channel(self, channel: str) -> None:
@@ -167,6 +168,7 @@ class MemoryLayer(ChannelLayer):
         if check_channel(channel) in node.members:
             self.log.remove_channel(channel, node.grace)
             del node.members[channel]
+            node.end_receiving(channel)
 
     async def group_members(self, group: str) -> list[str]:
         self._opened.check_open()
@@ -239,7 +241,7 @@ class _Node:
         self._log = log
         self._settings = settings
         self._index: dict[str, dict[Subscriber, None]] = {}
-        self._receiving: set[asyncio.Future[None]] = set()
+        self._receiving: dict[asyncio.Future[None], str] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = self._dead = False
         log.nodes[self.id] = self
@@ -297,7 +299,7 @@ class _Node:
     async def wait(self, name: str) -> None:
         """Wait until it is worth trying to take something."""
         future = self.loop.create_future()
-        self._receiving.add(future)
+        self._receiving[future] = name
         self._log.wait(name, future)
         try:
             await future
@@ -306,8 +308,14 @@ class _Node:
                 self._log.wake(name)  # what it was woken for is another's to take
             raise
         finally:
-            self._receiving.discard(future)
+            del self._receiving[future]
             self._log.stop_waiting(name, future)
+
+    def end_receiving(self, name: str) -> None:
+        """The channel has been deleted: who waits for it here waits in vain."""
+        for future, waited_for in self._receiving.items():
+            if waited_for == name and not future.done():
+                future.set_exception(InvalidChannel(name, "it has been deleted"))
 
     # For streams
 

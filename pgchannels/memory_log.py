@@ -18,7 +18,7 @@ from typing import Protocol
 from uuid import UUID
 
 from pgchannels.channels import DIRECT, is_connection
-from pgchannels.errors import ChannelFull, InvalidChannel
+from pgchannels.errors import ChannelFull
 from pgchannels.member import Member
 from pgchannels.memory_members import Members
 from pgchannels.messages import Message
@@ -325,9 +325,6 @@ class MemoryLog:
         for member in list(self.members.of(name)):
             self.discard(member.group, name, grace)
         self._channels.pop(name, None)
-        for future in self._waiting.get(name, ()):
-            if not future.done():
-                future.set_exception(InvalidChannel(name, "it has been deleted"))
 
     def add(self, group: str, name: str, *, presence: PresenceBy | None, expiry: timedelta) -> None:
         """Make a channel a member of a group; that of a connection that is gone is left out."""

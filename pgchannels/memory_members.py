@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 import orjson
 
 from pgchannels.channels import presence_channel
-from pgchannels.errors import InvalidMessage
+from pgchannels.errors import InvalidUser
 from pgchannels.records import PresenceBy, Present
 
 __all__ = ["Members", "Membership"]
@@ -43,7 +43,14 @@ class _Presence:
 
     latest: Membership
     members: dict[str, Membership] = field(default_factory=dict)
-    leaves_at: datetime | None = None
+    gone: dict[str, tuple[datetime, Membership]] = field(default_factory=dict)
+    """By which it was present, and until when it may come back."""
+
+    @property
+    def those(self) -> list[Membership]:
+        """The members that it is present by; if there are none any more, those that have gone."""
+        gone = [member for _, member in self.gone.values()]
+        return list(self.members.values()) or gone or [self.latest]
 
 
 class Members:
@@ -86,21 +93,29 @@ class Members:
         """Make *channel* a member, or renew it; tell of it if somebody has come by that.
 
         Raises:
-            InvalidMessage: it is to be counted as a user, and has none.
+            InvalidUser: it is to be counted as a user, and has none.
         """
         now = self._clock()
         known = self.get(group, channel)
         joined_at = now
         if known is not None:
-            since, joined_at, presence = known.since, known.joined_at, presence or known.presence
+            since, joined_at = known.since, known.joined_at
+            if presence is None and user_id is None:
+                # Renewed after its channel has become nobody's, it stays what it was counted as.
+                user_id, metadata = known.user_id, known.metadata
+            presence = presence or known.presence
         if presence == "user" and user_id is None:
-            raise InvalidMessage(f"presence='user' for {channel!r}, a channel without a user")
+            raise InvalidUser(
+                "presence='user' needs a channel with a user: new_channel(user_id=…), or "
+                "identify() in a consumer"
+            )
         member = Membership(group, channel, since, joined_at, now, presence, user_id, metadata)
-        if known is not None and known.identity != member.identity:
-            self._depart(known, timedelta(0))
         self._groups.setdefault(group, {})[channel] = member
         self._of.setdefault(channel, {})[group] = member
         self._arrive(member)
+        if known is not None and known.identity != member.identity:
+            self._depart(known, timedelta(0))
+        self._forget_who_is_gone(member)
         return member
 
     def remove(self, group: str, channel: str, grace: timedelta) -> bool:
@@ -139,8 +154,9 @@ class Members:
         everybody = self._present.setdefault(member.group, {})
         arrived = identity not in everybody
         presence = everybody.setdefault(identity, _Presence(member))
-        presence.latest = presence.members[member.channel] = member
+        presence.members[member.channel] = member
         # Who has come back is no longer on the way out.
+        presence.gone.clear()
         self._leaving.pop((member.group, identity), None)
         if arrived:
             self._tell("presence.joined", member)
@@ -151,12 +167,25 @@ class Members:
             return
         presence = self._present[member.group][identity]
         del presence.members[member.channel]
+        if grace and member.presence == "user":
+            presence.gone[member.channel] = self._clock() + grace, member
         if presence.members:
             return
-        if grace and member.presence == "user":
-            self._leaving[member.group, identity] = self._clock() + grace
+        presence.latest = member
+        if presence.gone:
+            until = max(until for until, _ in presence.gone.values())
+            self._leaving[member.group, identity] = until
         else:
             self._leave(member.group, identity)
+
+    def _forget_who_is_gone(self, member: Membership) -> None:
+        """A channel that is back as somebody else is nobody's who may still come back by it."""
+        now = self._clock()
+        for group, identity in list(self._leaving):
+            gone = self._present[group][identity].gone
+            is_back = group == member.group and gone.pop(member.channel, None) is not None
+            if is_back and all(until <= now for until, _ in gone.values()):
+                self._leave(group, identity)
 
     def _leave(self, group: str, identity: str) -> None:
         self._leaving.pop((group, identity), None)
@@ -178,12 +207,12 @@ class Members:
 
 
 def _as_present(presence: _Presence) -> Present:
-    latest = presence.latest
+    latest = max(presence.those, key=lambda member: member.joined_at)
     is_user = latest.presence == "user"
     return Present(
         user_id=latest.user_id,
         connection=None if is_user else latest.channel,
         connections=len(presence.members),
         metadata=None if latest.metadata is None else orjson.loads(latest.metadata),
-        joined_at=min((m.joined_at for m in presence.members.values()), default=latest.joined_at),
+        joined_at=min(member.joined_at for member in presence.those),
     )

@@ -46,6 +46,7 @@ from sqlalchemy.orm import (
 from pgchannels.channels import check_channel
 from pgchannels.errors import ConfigurationError
 from pgchannels.layer import ChannelLayer, outgoing
+from pgchannels.memory import MemoryLayer
 from pgchannels.payloads import DEFAULT
 from pgchannels.records import Outgoing, flatten
 from pgchannels.schema import EncodedJSON, outbox
@@ -103,8 +104,12 @@ def install(
             the environment.
 
     Raises:
-        ConfigurationError: for another kind of target.
+        ConfigurationError: for another kind of target, or a ``MemoryLayer``.
     """
+    if isinstance(layer, MemoryLayer):
+        raise ConfigurationError(
+            "a session's messages go to PostgreSQL with its data; a MemoryLayer would not get them"
+        )
     session_class = _session_class(target)
     if settings is None:
         settings = layer.settings if layer is not None else Settings()

@@ -9,7 +9,7 @@ from typing import Any
 from pgchannels.channels import check_channel
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError
 from pgchannels.follower import Follower
-from pgchannels.layer import ChannelLayer, check_user, encode_metadata
+from pgchannels.layer import ChannelLayer, check_owner, encode_metadata
 from pgchannels.messages import Message, Position
 from pgchannels.node import Node
 from pgchannels.payloads import DEFAULT, Serializer
@@ -72,6 +72,7 @@ class PostgresLayer(ChannelLayer):
         Takes a few seconds at most, also while the database is away. Cancelled, it goes on by
         itself, and the next call waits for it.
         """
+        self._entered = 0
         async with self._changing:
             node, self._node = self._node, None
             if node is not None:
@@ -145,7 +146,7 @@ class PostgresLayer(ChannelLayer):
         metadata: Mapping[str, Any] | None = None,
     ) -> str:
         return await self._opened.members.new_channel(
-            prefix, check_user(user_id), encode_metadata(metadata)
+            prefix, check_owner(user_id), encode_metadata(metadata)
         )
 
     async def update_channel(
@@ -156,7 +157,7 @@ class PostgresLayer(ChannelLayer):
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         await self._opened.members.update_channel(
-            check_channel(channel), check_user(user_id), encode_metadata(metadata)
+            check_channel(channel), check_owner(user_id), encode_metadata(metadata)
         )
 
     async def delete_channel(self, channel: str) -> None:

@@ -174,6 +174,15 @@ class Settings(BaseSettings):
             raise ValueError("expected a URL such as postgresql://user:password@host/database")
         return _DRIVER.sub("postgresql://", url, count=1)
 
+    @field_validator("retention", "key_lifetime", mode="before")
+    @classmethod
+    def _with_its_unit(cls, value: object) -> object:
+        if isinstance(value, (int, float)):
+            raise ValueError(
+                "give a timedelta, or ISO 8601 text such as 'P7D': a number has no unit"
+            )
+        return None if isinstance(value, str) and value.lower() == "none" else value
+
     @field_validator("retention", mode="after")
     @classmethod
     def _positive(cls, value: timedelta | None) -> timedelta | None:

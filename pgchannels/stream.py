@@ -292,9 +292,11 @@ class Stream:
     async def __anext__(self) -> Message:
         while not self._ready:
             try:
-                self._ready.extend(await self.batch())
+                messages = await self.batch()
             except ChannelLayerClosed:
                 raise StopAsyncIteration from None
+            # Not before: leave() puts another deque there, also while this task waits.
+            self._ready.extend(messages)
         return self._ready.popleft()
 
     def _check_entered(self) -> None:

@@ -228,7 +228,7 @@ begin
                   join pgchannels.memberships m on m.group_name = c.group_name and m.channel = c.channel
                   left join pgchannels.channels k on k.name = c.channel
                  where c.adding and m.group_name = any (counted)
-                   and m.identity <> case coalesce(c.presence, m.presence)
+                   and m.identity <> case coalesce(c.presence, case when m.left_at is null then m.presence end)
                            when 'user' then 'user:' || k.user_id else 'connection:' || c.channel end) r;
         end if;
         -- A channel that is being removed elsewhere waits for us, and then finds the membership; or we
@@ -252,7 +252,7 @@ begin
                     renewed_at = excluded.renewed_at,
                     since = case when m.left_at is null then m.since else excluded.since end,
                     left_at = null,
-                    presence = coalesce(excluded.presence, m.presence),
+                    presence = coalesce(excluded.presence, case when m.left_at is null then m.presence end),
                     -- renewed after its channel has become nobody's, it stays what it was counted as
                     user_id = case when excluded.presence is null and excluded.user_id is null
                                    then m.user_id else excluded.user_id end,

@@ -36,11 +36,11 @@ with given as materialized (
            $10::integer - cardinality(c.returned)
            - (select count(*) from (
                   select from pgchannels.messages r
-                   where r.channel between c.name and c.name and r.id > c.cursor
+                   where r.channel between c.name and c.name and r.id > greatest(c.cursor, l.floor)
                      and (r.expires_at is null or r.expires_at > clock_timestamp())
                    order by r.channel, r.id limit $10) waiting)
            - coalesce(o.count, 0) as free
-      from pgchannels.channels c left join coming o on o.channel = c.name
+      from pgchannels.log l cross join pgchannels.channels c left join coming o on o.channel = c.name
      where $10::integer is not null and c.is_received and c.name in (select g.channel from given g)
 ), numbered as (
     select g.*, g.key is null or row_number() over (partition by g.channel, g.key order by g.place) = 1 as is_first
@@ -360,7 +360,7 @@ with asked as (
 ), bounds as materialized (
     select b.head, b.epoch, b.floor, b.partitioned_to, least(b.head, $5::bigint - 1) as upto from pgchannels.bounds b
 ), mine as materialized (
-    select c.name, c.cursor, c.returned, c.is_received, a.wanted,
+    select c.name, c.cursor, c.returned, c.is_received, c.last_active_at, a.wanted,
            c.name ~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$' as is_connection
       from pgchannels.channels c join asked a on a.name = c.name
      where exists (select from claimant k where k.token < $4::bigint)
@@ -407,8 +407,10 @@ with asked as (
            last_active_at = clock_timestamp()
       from mine m join counted t on t.name = m.name cross join bounds b
      where c.name = m.name
-       -- an empty claim writes only now and then, lest the next ones look at ever more in vain
-       and (t.count > 0 or not m.is_received or b.upto > m.cursor + 1000)
+       -- an empty claim writes only now and then, lest the next ones look at ever more in vain, and
+       -- memberships end of which somebody asks often enough whether there is something
+       and (t.count > 0 or not m.is_received or b.upto > m.cursor + 1000
+            or m.last_active_at < clock_timestamp() - interval '10 seconds')
 ), noted as (
     update pgchannels.claims k
        set token = $4::bigint, names = n.names, ids = n.ids, made_at = clock_timestamp()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pgchannels.errors import InvalidChannel, InvalidMessage, MessageTooLarge
+from pgchannels.errors import InvalidChannel, InvalidMessage, InvalidUser, MessageTooLarge
 from pgchannels.testing.sending import BAD_CHANNELS
 from pgchannels.testing.support import MakeLayer, numbers, settle, take, until
 
@@ -38,9 +38,9 @@ class GroupTests:
         layer = await make_layer()
         channel = await layer.new_channel()
         for user in ("", 5, "a\0", "\ud800", "x" * 1001):
-            with pytest.raises(InvalidChannel):
+            with pytest.raises(InvalidUser):
                 await layer.new_channel(user_id=user)  # type: ignore[arg-type]
-            with pytest.raises(InvalidChannel):
+            with pytest.raises(InvalidUser):
                 await layer.update_channel(channel, user_id=user)  # type: ignore[arg-type]
         refused: list[Any] = [[], {"a": object()}, {"a": b"bytes"}, {"a": float("nan")}]
         for metadata in refused:

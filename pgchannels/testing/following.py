@@ -221,6 +221,7 @@ class FollowingTests:
             pass
         await layer.send("orders", {"n": 1})
         await layer.send("orders", {"n": 2})
+        await settle(layer)
 
         async def gone() -> bool:
             await layer.send("other", {})

@@ -71,9 +71,12 @@ class LifecycleTests:
 
     async def test_a_context(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
+        await layer.close()
         async with layer as entered:
             assert entered is layer
-            await layer.send("room", {})
+            async with layer:
+                await layer.send("room", {})
+            await layer.send("room", {})  # it is the outer block's to close
         with pytest.raises(ChannelLayerClosed):
             await layer.send("room", {})
 

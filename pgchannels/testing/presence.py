@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pgchannels.channels import presence_channel
-from pgchannels.errors import InvalidChannel, InvalidMessage
+from pgchannels.errors import InvalidChannel, InvalidUser
 from pgchannels.layer import ChannelLayer
 from pgchannels.stream import Stream
 from pgchannels.testing.support import MakeLayer, take, until
@@ -205,7 +205,7 @@ class PresenceTests:
         layer = await make_layer()
         nobody = await layer.new_channel()
         for channel in (nobody, "jobs"):
-            with pytest.raises(InvalidMessage):
+            with pytest.raises(InvalidUser):
                 await layer.group_add("room", channel, presence="user")
         assert await layer.group_members("room") == []
 

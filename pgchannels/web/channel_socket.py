@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +13,7 @@ from pgchannels.errors import (
     DatabaseUnavailable,
     InvalidMessage,
     InvalidPosition,
+    InvalidUser,
     UnknownPosition,
 )
 from pgchannels.messages import Position
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from pgchannels.stream import Stream
 
 __all__ = ["ChannelSocket"]
+
+logger = logging.getLogger("pgchannels.web")
 
 # Characters of a sentence about what a client sent, which may repeat some of it.
 MAX_DETAIL = 500
@@ -154,7 +158,13 @@ class ChannelSocket:
         """Tell the client of an error that is its own, and return it."""
         try:
             await handler
+        except InvalidUser:
+            raise  # no client can help that
         except tuple(self._client_errors) as error:
+            if isinstance(error, InvalidMessage):
+                # What is wrong with it may be what the client sent, or what was made of it here. No
+                # warning: a client could fill the log with them.
+                logger.info("%s answers with an error", type(self).__name__, exc_info=True)
             code = next(c for kind, c in self._client_errors.items() if isinstance(error, kind))
             # The server's address may stand in a driver's sentence; clients get one of our own.
             unavailable = isinstance(error, DatabaseUnavailable)

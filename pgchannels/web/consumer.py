@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from inspect import Parameter
+from inspect import Parameter, iscoroutinefunction
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import anyio
@@ -102,6 +102,8 @@ class WebSocketConsumer(ChannelSocket):
             names = ", ".join(handler.name for handler in cls._receivers.values())
             raise ConfigurationError(f"{names}: only a JsonConsumer receives by type")
         if cls.connect is not cls._connect.function:
+            if not iscoroutinefunction(cls.connect):
+                raise ConfigurationError(f"{cls.connect.__qualname__} must be an async method")
             found = parameters(cls.connect, {**namespace, **vars(cls)})
             cls._connect = _Connect(cls.connect, found)
 

@@ -17,7 +17,7 @@ from pgchannels.web.annotations import Unresolved, resolve
 if TYPE_CHECKING:
     from pgchannels.web.consumer import WebSocketConsumer
 
-__all__ = ["find_layer", "make_endpoint"]
+__all__ = ["check_layer", "find_layer", "make_endpoint"]
 
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
@@ -39,6 +39,8 @@ def make_endpoint(
     Raises:
         ConfigurationError: a parameter that FastAPI could not give.
     """
+    if layer is not None:
+        check_layer(layer)
     needed = [_resolved(p, connect) for p in parameters if p.kind not in _VARIADIC]
     # FastAPI gives the socket to one parameter only; connect() may have one of its own.
     own = next((p.name for p in needed if _is_socket(p.annotation)), None)
@@ -59,6 +61,12 @@ def make_endpoint(
     endpoint.__doc__ = consumer.__doc__
     setattr(endpoint, "__signature__", inspect.Signature(needed))  # noqa: B010 - mypy's
     return endpoint
+
+
+def check_layer(layer: object) -> None:
+    """Raise :class:`ConfigurationError` for anything that is not a layer."""
+    if not isinstance(layer, ChannelLayer):
+        raise ConfigurationError(f"expected a channel layer, not {layer!r}")
 
 
 def find_layer(connection: HTTPConnection) -> ChannelLayer:

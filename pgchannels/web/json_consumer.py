@@ -32,7 +32,11 @@ class JsonConsumer(WebSocketConsumer):
     _receives_types: ClassVar[bool] = True
 
     async def receive_json(self, content: Any) -> None:
-        """The client has sent *content*, and no method is declared to receive it."""
+        """The client has sent *content*, and no method is declared to receive it.
+
+        By default it is told so, by the error ``unexpected_message``.
+        """
+        await self._send_error("unexpected_message", "nothing here takes this message")
 
     async def dispatch(self, received: Any) -> None:
         await self._guarded(self._route(received))

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, TypedDict
 
+from pgchannels.web.endpoint import check_layer
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
@@ -26,6 +28,8 @@ def lifespan(
     Requests and sockets find the layer as ``request.state.layer``. An application with a lifespan
     of its own enters the layer there: ``async with layer: yield``.
     """
+
+    check_layer(layer)
 
     @asynccontextmanager
     async def open_layer(_: FastAPI) -> AsyncIterator[State]:

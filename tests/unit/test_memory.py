@@ -231,6 +231,8 @@ class TestTime:
     async def test_capacity(self, make_layer: MakeLayer, clock: Clock) -> None:
         layer = await make_layer(capacity=2)
         channel = await layer.new_channel()
+        with pytest.raises(TimeoutError):
+            await layer.receive(channel, timeout=0)
         await layer.send(channel, {"n": 1}, ttl=10)
         await layer.send(channel, {"n": 2}, key="k")
         with pytest.raises(ChannelFull):
