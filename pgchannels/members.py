@@ -254,7 +254,7 @@ class Members:
 
     async def _keep_lease(self) -> None:
         # A gap that others can have had too, with time left for each of them to come back in.
-        gap = timedelta(seconds=self._settings.lease_time - 2 * self._renewal)
+        gap = timedelta(seconds=self._settings.lease_time - 3 * self._renewal)
         try:
             # A connection that has stalled must be given up while there is time for another try.
             async with asyncio.timeout(self._renewal):
@@ -283,9 +283,11 @@ class Members:
             await self._restore()
         if self._to_look_at and not self._to_restore:
             await self._look_at_memberships()
-        for some in _in_parts(list(self._to_remove)):
-            await self._remove(some)
-            self._to_remove.difference_update(some)
+        if self._to_remove:
+            # In line, behind what may still be making them.
+            names = list(self._to_remove)
+            await asyncio.gather(*(self._changes.submit(_Remove(name)) for name in names))
+            self._to_remove.difference_update(names)
         grace = timedelta(seconds=self._settings.presence_grace)
         (row,) = await self._store.fetch("settle_departures", grace, _AT_A_TIME)
         if row[0]:
@@ -381,8 +383,10 @@ class Members:
         if added:
             names, users, metadata = zip(*added.values(), strict=True)
             await self._store.fetch("add_channels", names, self._id, users, metadata)
-        if changed:
-            await self._change_memberships(list(changed.values()))
+        # Apart, for each has an order in which it locks rows.
+        for adding in (False, True):
+            if some := [change for change in changed.values() if change.adding is adding]:
+                await self._change_memberships(some)
         if removed:
             await self._remove(removed)
         return [None] * len(requests)

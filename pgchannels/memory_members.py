@@ -132,7 +132,8 @@ class Members:
 
     def present(self, group: str) -> list[Present]:
         """Who is present, first come first."""
-        present = [_as_present(presence) for presence in self._present.get(group, {}).values()]
+        now = self._clock()
+        present = [_as_present(presence, now) for presence in self._present.get(group, {}).values()]
         return sorted(present, key=lambda each: each.joined_at)
 
     @property
@@ -206,13 +207,14 @@ class Members:
         self._publish(presence_channel(member.group), orjson.dumps(payload).decode())
 
 
-def _as_present(presence: _Presence) -> Present:
+def _as_present(presence: _Presence, now: datetime) -> Present:
     latest = max(presence.those, key=lambda member: member.joined_at)
     is_user = latest.presence == "user"
+    gone = [member for until, member in presence.gone.values() if until > now]
     return Present(
         user_id=latest.user_id,
         connection=None if is_user else latest.channel,
         connections=len(presence.members),
         metadata=None if latest.metadata is None else orjson.loads(latest.metadata),
-        joined_at=min(member.joined_at for member in presence.those),
+        joined_at=min(member.joined_at for member in (*presence.those, *gone)),
     )

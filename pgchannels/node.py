@@ -32,6 +32,9 @@ __all__ = ["Node"]
 
 logger = logging.getLogger("pgchannels")
 
+# Seconds after which a service that fails had been running well.
+_GOOD_TIME = 60.0
+
 
 class Node:
     """Starts the services and ends them, and starts one again that fails unexpectedly.
@@ -159,10 +162,14 @@ class Node:
 async def _supervise(name: str, run: Callable[[], Awaitable[None]]) -> None:
     """Run a service for ever. What it does not handle itself is logged, and it is started again."""
     backoff = Backoff(base=0.5, cap=30.0)
+    loop = asyncio.get_running_loop()
     while True:
+        started = loop.time()
         try:
             await run()
         except Exception:
+            if loop.time() - started > _GOOD_TIME:
+                backoff.reset()
             delay = backoff.next()
             logger.exception("the %s failed; it is started again in %.1f s", name, delay)
             await asyncio.sleep(delay)

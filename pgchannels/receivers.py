@@ -122,7 +122,9 @@ class Receivers:
         self._closed = False
         self._finished = asyncio.Event()
         self._finished.set()
-        self._swept_at = 0.0
+        self._swept_at = asyncio.get_running_loop().time()
+        self._at_a_time = _CHANNELS_AT_A_TIME
+        self._refused = Backoff(base=0.1, cap=5.0)
 
     async def receive(self, channel: str, timeout: float | None) -> Message:
         """See :meth:`pgchannels.layer.ChannelLayer.receive`."""
@@ -244,7 +246,7 @@ class Receivers:
     async def _claim(self) -> None:
         wanted: dict[str, int] = {}
         asked: dict[str, list[_Waiter]] = {}
-        for name in list(islice(self._due, _CHANNELS_AT_A_TIME)):
+        for name in list(islice(self._due, self._at_a_time)):
             del self._due[name]
             inbox = self._inboxes.get(name)
             if inbox is not None and inbox.waiters:
@@ -268,11 +270,16 @@ class Receivers:
             ]
             if unknown:
                 await self._insist(lambda: self._session.fetch("add_receiver", unknown))
-        except DatabaseError:
-            # Refused, which nobody expects. They wait on, and are asked for when this is restarted.
+        except DatabaseError as error:
+            # Refused, which nobody expects. Each by itself, so that one that cannot be claimed for
+            # is in nobody else's way; and behind all others.
+            logger.error("a claim for %d channels was refused: %s", len(wanted), error)
+            self._at_a_time = 1
             self._due.update(dict.fromkeys(wanted))
-            self._wakeup.set()
-            raise
+            await asyncio.sleep(self._refused.next())
+            return
+        self._refused.reset()
+        self._at_a_time = min(2 * self._at_a_time, _CHANNELS_AT_A_TIME)
         # All messages first: nothing that happens with one channel may cost another's.
         for name, claim in answer.channels.items():
             for message in claim.messages:

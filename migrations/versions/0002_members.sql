@@ -50,17 +50,20 @@ create index memberships_left_at on pgchannels.memberships (left_at) where left_
 
 comment on column pgchannels.memberships.since is 'the end of the log when it joined: later messages of the group are the member''s';
 
--- A JSON object of at most 1 MiB without \u escapes: control characters and halves of surrogate pairs,
--- which not every reader's language can hold, nor the type text all of them.
+-- A JSON object of texts, of at most 1 MiB, without \u escapes: control characters and halves of
+-- surrogate pairs, which not every reader's language can hold, nor the type text all of them.
 create function pgchannels.is_headers(headers json) returns boolean
 language plpgsql immutable strict parallel safe
 as $$
 begin
     return json_typeof(headers) = 'object'
        and octet_length(headers::text) <= 1048576
-       and strpos(replace(headers::text, E'\\\\', '  '), E'\\u') = 0;
+       and strpos(replace(headers::text, E'\\\\', '  '), E'\\u') = 0
+       and not exists (select from json_each(headers) h where json_typeof(h.value) <> 'string');
 end
 $$;
+
+update pgchannels.outbox o set headers = null where not pgchannels.is_headers(o.headers);
 
 alter table pgchannels.outbox
     add constraint outbox_headers_are_valid check (pgchannels.is_headers(headers));
@@ -134,8 +137,8 @@ begin
     if recipients is null then
         return not named;
     end if;
-    -- An escape may be one that jsonb does not take; our names need none.
-    return recipients is json array and strpos(recipients, E'\\u') = 0 and recipients::jsonb ? receiver;
+    -- Not parsed: whoever can publish can put anything there. In a list of names, a name has quotes.
+    return strpos(recipients, '"' || receiver || '"') > 0;
 end
 $$;
 
@@ -204,6 +207,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     counted text[];
+    ending_groups text[];
+    ending_names text[];
     published integer := 0;
     inserted integer;
     departed json;
@@ -227,12 +232,13 @@ begin
                   from unnest(groups, names, adding, presences) c(group_name, channel, adding, presence)
                   join pgchannels.memberships m on m.group_name = c.group_name and m.channel = c.channel
                   left join pgchannels.channels k on k.name = c.channel
-                 where c.adding and m.group_name = any (counted)
+                 where c.adding and c.group_name = any (counted)
                    and m.identity <> case coalesce(c.presence, case when m.left_at is null then m.presence end)
                            when 'user' then 'user:' || k.user_id else 'connection:' || c.channel end) r;
         end if;
         -- A channel that is being removed elsewhere waits for us, and then finds the membership; or we
-        -- wait, and find it gone. The announcer's own are removed by nobody else, and need no lock.
+        -- wait, and find it gone. The announcer's own go with its node, so one lock does for them.
+        perform from pgchannels.nodes n where n.id = announcer for key share;
         perform from pgchannels.channels k
           where k.name = any (names) and k.node is distinct from announcer order by k.name for key share;
         -- A connection's channel that is no more gets no memberships; others need no row.
@@ -296,22 +302,23 @@ begin
     end if;
 
     if false = any (adding) then
-        -- In one order, so that two of these cannot wait for each other.
-        perform from pgchannels.memberships m
-           join unnest(groups, names, adding) c(group_name, channel, adding)
-             on m.group_name = c.group_name and m.channel = c.channel
-          where not c.adding order by m.group_name, m.channel for update of m;
+        -- Locked in one order, so that two of these cannot wait for each other, and only these: what
+        -- is added meanwhile has no place in that order.
+        select array_agg(l.group_name), array_agg(l.channel) into ending_groups, ending_names from (
+            select m.group_name, m.channel
+              from unnest(groups, names, adding) c(group_name, channel, adding)
+              join pgchannels.memberships m on m.group_name = c.group_name and m.channel = c.channel
+             where not c.adding and m.left_at is null and (m.identity is null or c.group_name = any (counted))
+             order by m.group_name, m.channel for update of m) l;
         if grace > interval '0' then
             update pgchannels.memberships m set left_at = clock_timestamp()
-              from unnest(groups, names, adding) c(group_name, channel, adding)
-             where not c.adding and m.group_name = c.group_name and m.channel = c.channel
-               and m.presence = 'user' and m.left_at is null and m.group_name = any (counted);
+              from unnest(ending_groups, ending_names) c(group_name, channel)
+             where m.group_name = c.group_name and m.channel = c.channel and m.presence = 'user';
         end if;
         with gone as (
             delete from pgchannels.memberships m
-             using unnest(groups, names, adding) c(group_name, channel, adding)
-             where not c.adding and m.group_name = c.group_name and m.channel = c.channel
-               and m.left_at is null and (m.identity is null or m.group_name = any (counted))
+             using unnest(ending_groups, ending_names) c(group_name, channel)
+             where m.group_name = c.group_name and m.channel = c.channel and m.left_at is null
             returning m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata
         )
         select json_agg(g) into departed from gone g where g.identity is not null;
@@ -416,6 +423,11 @@ begin
     select array_agg(d.name) into names
       from (select c.name from pgchannels.channels c where c.node = any (dead) limit max_channels) d;
     if names is not null then
+        perform pgchannels.lock_presence(array(
+            select distinct m.group_name from pgchannels.memberships m
+             where m.channel = any (names) and m.identity is not null));
+        -- One that does not know yet that it is dead may be adding members.
+        perform from pgchannels.nodes n where n.id = any (dead) order by n.id for update;
         -- The lease was time enough to come back in.
         published := pgchannels.remove_channels(names, interval '0', me);
         more := true;

@@ -43,16 +43,16 @@ with given as materialized (
       from pgchannels.log l cross join pgchannels.channels c left join coming o on o.channel = c.name
      where $10::integer is not null and c.is_received and c.name in (select g.channel from given g)
 ), numbered as (
-    select g.*, g.key is null or row_number() over (partition by g.channel, g.key order by g.place) = 1 as is_first
+    select g.*, g.key is null or row_number() over (partition by g.channel, g.key order by g.place) = 1 as is_first,
+           exists (select from pgchannels.keys k
+                    where k.channel = g.channel and k.key = g.key and k.expires_at > g.created_at) as is_known
       from given g
 ), admitted as (
     select g.*
-      from (select n.*, count(*) filter (where n.is_first) over (partition by n.channel order by n.place) as nth
+      from (select n.*, count(*) filter (where n.is_first and not n.is_known) over (partition by n.channel order by n.place) as nth
               from numbered n) g
       left join room r on r.name = g.channel
-     where r.free is null or g.nth <= r.free
-        or exists (select from pgchannels.keys k
-                    where k.channel = g.channel and k.key = g.key and k.expires_at > g.created_at)
+     where r.free is null or g.nth <= r.free or g.is_known
 ), claimed as (
     insert into pgchannels.keys as k (channel, key, created_at, expires_at)
     select a.channel, a.key, a.created_at, a.created_at + $9::interval
@@ -258,7 +258,7 @@ with stale as materialized (
        and not exists (select from pgchannels.channels c
                         where c.name = m.channel
                           and (c.node is not null or c.last_active_at >= clock_timestamp() - $1::interval))
-     limit $2
+     limit $2 for update of m skip locked
 ), listed as (
     select array_agg(s.group_name) as groups, array_agg(s.channel) as names, array_agg(false) as adding,
            array_agg(null::text) as presences, count(*) as count
@@ -457,7 +457,7 @@ select 'pgchannels:members', json_build_object('channels', json_agg(u.name)) fro
 -- name: touch_channels
 -- Somebody waits to receive from these: they are in use. In the order of names, as claims lock them.
 with locked as materialized (
-    select c.name from pgchannels.channels c where c.name = any ($1::text[]) order by c.name for update
+    select c.name from pgchannels.channels c where c.name = any ($1::text[]) order by c.name for no key update
 )
 update pgchannels.channels c set last_active_at = clock_timestamp() from locked l where c.name = l.name;
 

@@ -7,6 +7,7 @@ it has got there.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
@@ -43,6 +44,9 @@ HOSTILE_HEADERS = [
     '{"pgchannels-only": {"a": [null]}}',
     '{"pgchannels-except": ["jobs"]}',
     '{"a": ' + "[" * 5000 + "]" * 5000 + "}",
+    '{"a": ' + "[" * 16_330 + "]" * 16_330 + "}",
+    '{"pgchannels-only": "[1e999999]"}',
+    json.dumps({"pgchannels-only": "[" * 20_000}),
     "[]",
     '"text"',
 ]
@@ -238,7 +242,9 @@ class TestClaims:
         async with PostgresLayer(database_url) as layer:
             for headers in HOSTILE_HEADERS:
                 waiting = [asyncio.create_task(layer.receive(c)) for c in ("jobs", "other")]
-                with suppress(asyncpg.CheckViolationError, asyncpg.DataError):
+                with suppress(
+                    asyncpg.CheckViolationError, asyncpg.DataError, asyncpg.StatementTooComplexError
+                ):
                     await session.execute(insert, headers)
                 await layer.send("other", {"after": headers[:50]})
                 await layer.send("jobs", {"after": headers[:50]})
@@ -261,7 +267,7 @@ class TestClaims:
             await eventually(lambda: "room" in layer._opened.hub._index)
             await session.execute("alter table pgchannels.claims rename to gone")
             await layer.send("jobs", {"n": 1})
-            await eventually(lambda: "receivers failed" in caplog.text)
+            await eventually(lambda: "was refused" in caplog.text)
             await session.execute("alter table pgchannels.gone rename to claims")
             async with asyncio.timeout(10):
                 assert (await receiving)["n"] == 1
@@ -358,6 +364,15 @@ class TestPruning:
         await self.prunes_nothing(publishing, pruning, watcher, "delete_expired_keys")
         assert await publish() == (published_at, False)
 
+    async def test_a_membership(self, sessions: Sessions) -> None:
+        using, pruning, watcher = sessions
+        await using.change("room", ["jobs"], adding=True)
+        await using.execute("update pgchannels.memberships set renewed_at = now() - interval '2 d'")
+        await using.transaction.start()
+        await using.change("room", ["jobs"], adding=True)
+        await self.prunes_nothing(using, pruning, watcher, "end_stale_memberships", DAY)
+        assert await watcher.value("select count(*) from pgchannels.memberships") == 1
+
     async def prunes_nothing(
         self, using: Session, pruning: Session, watcher: Session, query: str, *arguments: Any
     ) -> None:
@@ -417,6 +432,29 @@ class TestMemberships:
                     assert changing.cancelled()
                 await eventually(lambda: stream.reads("room") is adding)
             assert await layer.group_members("room") == [name][: int(adding)]
+
+    async def test_a_node_that_does_not_know_of_its_death_adds_none(
+        self, sessions: Sessions
+    ) -> None:
+        """It is under way with that while another one removes what lived by it."""
+        dead, alive, watcher = sessions
+        node, other = uuid4(), uuid4()
+        name = new_name("ws", node)
+        for id in (node, other):
+            await dead.run("register_node", id, "{}")
+        await dead.run("add_channels", [name], node, [None], [None])
+        await dead.execute("update pgchannels.nodes set dead_since = now() where id = $1", node)
+        await dead.execute(
+            "update pgchannels.nodes set steady_since = now() - interval '1 d' where id = $1", other
+        )
+        await dead.transaction.start()
+        await dead.run("change_memberships", ["room"], [name], [True], ["connection"], NOW, node)
+        reaping = asyncio.create_task(alive.run("reap", other, timedelta(minutes=1), 100))
+        await eventually(blocked(watcher))
+        await dead.transaction.commit()
+        assert (await reaping)[0]["more"]
+        assert await watcher.value("select count(*) from pgchannels.channels") == 0
+        assert await watcher.value("select count(*) from pgchannels.memberships") == 0
 
     async def test_a_channel_that_nobody_waits_for_any_more(
         self, sessions: Sessions, database_url: str
@@ -627,6 +665,12 @@ class TestCapacity:
         self, publish: Callable[..., Awaitable[list[bool | None]]]
     ) -> None:
         assert await publish("k", "k", None, None) == [True, False, True, None]
+
+    async def test_known_keys_take_no_room(
+        self, publish: Callable[..., Awaitable[list[bool | None]]]
+    ) -> None:
+        assert await publish("k") == [True]
+        assert await publish("k", None, None) == [False, True, None]
 
     async def test_what_is_under_way_counts(
         self, publish: Callable[..., Awaitable[list[bool | None]]]

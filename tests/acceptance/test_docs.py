@@ -1,0 +1,174 @@
+"""The code in the README and in docs/: it compiles, it imports, and what is whole is run."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pgchannels import MemoryLayer
+
+# Where an example is wrong, a client waits for what does not come.
+pytestmark = pytest.mark.timeout(30)
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]+))?\)")
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks() -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in BLOCK.finditer(text):
+            line = text.count("\n", 0, match.start(1)) + 1
+            found.append(Block(page.name, line, match[1]))
+    return found
+
+
+def block(page: str, containing: str) -> str:
+    """The only one of *page* with that text in it."""
+    (found,) = (b.source for b in blocks() if b.page == page and containing in b.source)
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_with_code_is_looked_at() -> None:
+    assert {"README.md", "consumers.md", "layer.md", "operations.md"} <= {b.page for b in blocks()}
+
+
+@pytest.mark.parametrize("code", blocks(), ids=str)
+def test_it_compiles(code: Block) -> None:
+    compile(code.source, str(code), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+
+
+@pytest.mark.parametrize("code", blocks(), ids=str)
+def test_what_it_imports_of_ours_is_there(code: Block) -> None:
+    for node in ast.walk(ast.parse(code.source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pgchannels"):
+            module = import_module(node.module or "")
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing, f"{code}: {node.module}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+# The chat room of docs/consumers.md
+
+
+@pytest.fixture
+def room() -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "app"}
+    source = block("consumers.md", "def make_app")
+    exec(compile(source, "docs/consumers.md", "exec", dont_inherit=True), names)
+    return names
+
+
+@pytest.fixture
+def client(room: dict[str, Any]) -> Iterator[TestClient]:
+    with TestClient(room["make_app"](MemoryLayer())) as client:
+        yield client
+
+
+def test_what_one_client_sends_another_one_receives(client: TestClient) -> None:
+    with ExitStack() as stack:
+        ada, bob = (
+            stack.enter_context(client.websocket_connect(f"/rooms/tea?token={name}-token"))
+            for name in ("ada", "bob")
+        )
+        for socket, names in ((ada, ["Ada", "Bob"]), (bob, ["Bob"])):
+            joined = [socket.receive_json()["data"] for _ in names]
+            assert [event["type"] for event in joined] == ["presence.joined"] * len(names)
+            assert [event["metadata"]["name"] for event in joined] == names
+        ada.send_json({"type": "chat.send", "text": "hello"})
+        received = ada.receive_json()
+        assert bob.receive_json() == received
+        assert received["channel"] == "room:tea"
+        assert received["data"] == {"type": "chat.message", "from": "Ada", "text": "hello"}
+
+    with client.websocket_connect("/rooms/tea?token=bob-token&after=0") as bob:
+        replayed = bob.receive_json()
+        while replayed["channel"] != "room:tea":  # who was there before may come first
+            replayed = bob.receive_json()
+        assert replayed == received
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        ('{"type": "chat.send"}', "invalid_content"),
+        ('{"type": "chat_send", "text": "hello"}', "unexpected_message"),
+        ('{"type": "room.closed"}', "unexpected_message"),
+        ("{", "invalid_json"),
+    ],
+)
+def test_its_errors_are_those_of_the_table(client: TestClient, sent: str, code: str) -> None:
+    text = (ROOT / "docs" / "consumers.md").read_text(encoding="utf-8")
+    with client.websocket_connect("/rooms/tea?token=ada-token") as ada:
+        assert ada.receive_json()["data"]["type"] == "presence.joined"
+        ada.send_text(sent)
+        error = ada.receive_json()
+    assert (error["type"], error["code"]) == ("error", code)
+    assert f"| `{code}` |" in text
+
+
+def test_the_room_is_closed_by_a_message(room: dict[str, Any]) -> None:
+    layer = MemoryLayer()
+    app = room["make_app"](layer)
+
+    async def close_room() -> None:
+        await layer.group_send("room:tea", {"type": "room.closed"})
+
+    app.add_api_route("/close", close_room, methods=["POST"])
+    with (
+        TestClient(app) as client,
+        client.websocket_connect("/rooms/tea?token=ada-token") as ada,
+    ):
+        ada.receive_json()
+        client.post("/close").raise_for_status()
+        closed = ada.receive()
+    assert (closed["code"], closed["reason"]) == (4000, "the room is closed")
+
+
+def test_the_example_of_a_test_passes(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(block("consumers.md", "def make_app"), encoding="utf-8")
+    (tmp_path / "test_app.py").write_text(block("layer.md", "def test_chat"), encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_app.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=25,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 passed" in run.stdout
