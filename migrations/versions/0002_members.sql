@@ -327,11 +327,15 @@ begin
         end if;
     end if;
 
+    -- Of a channel without a row too, unless it is a gone connection's: somebody may be about to make
+    -- the row and to receive, and not see this change yet.
     insert into pgchannels.outbox (channel, payload)
-    select 'pgchannels:members', json_build_object('channels', json_agg(k.name))
+    select 'pgchannels:members', json_build_object('channels', json_agg(c.name))
       from (select distinct c.name from unnest(names) c(name)) c
-      join pgchannels.channels k on k.name = c.name
-     where k.node is distinct from announcer or k.is_received
+      left join pgchannels.channels k on k.name = c.name
+     where k.is_received
+        or (k.name is not null and k.node is distinct from announcer)
+        or (k.name is null and c.name !~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$')
     having count(*) > 0;
     get diagnostics inserted = row_count;
     return published + inserted;

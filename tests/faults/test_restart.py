@@ -50,8 +50,10 @@ async def kill_a_backend(server: EmbeddedPostgres) -> None:
         try:
             # The same postmaster, so it was not restarted, and not the same shared memory.
             return bool(started == await again.fetchval("select pg_postmaster_start_time()"))
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            return False  # made before the postmaster had seen what has happened, and ended by it
         finally:
-            await again.close(timeout=5)
+            again.terminate()
 
     await eventually(recovered, timeout=30)
 
