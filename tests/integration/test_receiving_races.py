@@ -98,10 +98,11 @@ async def sessions(database_url: str) -> AsyncIterator[Sessions]:
 
 
 def blocked(watcher: Session, count: int = 1) -> Callable[[], Awaitable[Any]]:
-    """Whether so many of this database's sessions wait for locks."""
+    """Whether so many of this database's sessions wait for locks, besides a pruner that begins."""
     return lambda: watcher.value(
         "select count(*) = $1 from pg_stat_activity"
-        " where datname = current_database() and wait_event_type = 'Lock'",
+        " where datname = current_database() and wait_event_type = 'Lock'"
+        " and application_name <> 'pgchannels pruner'",
         count,
     )
 
