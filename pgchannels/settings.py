@@ -89,8 +89,8 @@ class Settings(BaseSettings):
     """How often one node looks into the outbox for what was published outside of any node."""
 
     heartbeat_interval: Seconds = 5.0
-    """How often the listening connection is tried and the node's lease renewed. A dead connection
-    is noticed within two of these."""
+    """How often the listening connection is tried and the node's lease renewed (five times a
+    ``lease_time``, if that is more often). A dead connection is noticed within two of these."""
 
     lease_time: Seconds = 15.0
     """How long after a node's last sign of life it counts as dead: its connections' memberships

@@ -185,7 +185,8 @@ class WebSocketConsumer(ChannelSocket):
     def spawn(self, coroutine: Coroutine[Any, Any, object]) -> None:
         """Run *coroutine* beside the socket, until it returns or the socket ends.
 
-        If it raises, the socket is closed with 1011: something that it was open for is missing.
+        If it raises, the socket is closed with 1011, or with 1013 where the database is away:
+        something that it was open for is missing.
 
         Raises:
             RuntimeError: the socket is not open any more.
