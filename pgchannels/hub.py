@@ -17,6 +17,7 @@ from pgchannels.backoff import Backoff
 from pgchannels.errors import ChannelLayerClosed, DatabaseError
 from pgchannels.messages import Position
 from pgchannels.records import Head, LogPage
+from pgchannels.waiting import set_within
 
 if TYPE_CHECKING:
     from pgchannels.messages import Message
@@ -189,10 +190,7 @@ class Hub:
 
     async def _hinted_within(self, seconds: float) -> int | None:
         """The id that was hinted at, as soon as there is one; None if none came."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._look.wait()
-        except TimeoutError:
+        if not await set_within(self._look, seconds):
             return None
         self._look.clear()
         hinted, self._hinted = self._hinted, 0

@@ -21,6 +21,7 @@ from uuid import uuid4
 from pgchannels.backoff import Backoff
 from pgchannels.connections import connect, driver_errors
 from pgchannels.errors import DatabaseError, DatabaseUnavailable
+from pgchannels.waiting import set_within
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -97,7 +98,7 @@ class Listener:
             self.healthy = True
             self._backoff.reset()
             self._on_connected()
-            while not await self._is_lost_within(self._settings.heartbeat_interval):
+            while not await set_within(self._lost, self._settings.heartbeat_interval):
                 await self._heartbeat(connection)
             raise _Deaf("the connection was closed")
         finally:
@@ -105,14 +106,6 @@ class Listener:
                 self.healthy = False
                 self._on_disconnected()
             connection.terminate()
-
-    async def _is_lost_within(self, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._lost.wait()
-        except TimeoutError:
-            return False
-        return True
 
     async def _heartbeat(self, connection: Connection) -> None:
         interval = self._settings.heartbeat_interval
@@ -130,14 +123,11 @@ class Listener:
                 await self._store.notify(self._echo_channel, "")
         except (DatabaseUnavailable, TimeoutError):
             return  # says nothing about this connection, which has just answered
-        try:
-            async with asyncio.timeout(interval):
-                await self._echo.wait()
-        except TimeoutError:
+        if not await set_within(self._echo, interval):
             raise _Deaf(
                 "notifications do not arrive; if there is a pooler in transaction mode between, "
                 "set listen_url (PGCHANNELS_LISTEN_URL) to the server itself"
-            ) from None
+            )
 
     def _received(self, connection: Any, pid: int, channel: str, payload: Any) -> None:
         self._on_hint(payload)

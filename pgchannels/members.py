@@ -33,6 +33,7 @@ from pgchannels.errors import (
     InvalidUser,
 )
 from pgchannels.member import Member
+from pgchannels.waiting import set_within
 
 if TYPE_CHECKING:
     from pgchannels.hub import Hub
@@ -294,7 +295,8 @@ class Members:
             self._wake_sequencer()
         await self._store.fetch("sweep_ephemeral", _EPHEMERAL_TIME)
         if not await self._reap():
-            await self._woken_within(min(self._settings.poll_interval, self._renewal))
+            await set_within(self._wakeup, min(self._settings.poll_interval, self._renewal))
+            self._wakeup.clear()
 
     async def _restore(self) -> None:
         """Bring back what lived by the lease that was lost."""
@@ -363,14 +365,6 @@ class Members:
                 member.joined(group, row["since"], row["presence"])
             for group in member.groups.keys() - groups.keys():
                 member.left(group)
-
-    async def _woken_within(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._wakeup.wait()
-        except TimeoutError:
-            return
-        self._wakeup.clear()
 
     # What is asked for, together
 

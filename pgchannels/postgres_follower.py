@@ -51,6 +51,7 @@ from pgchannels.errors import (
 from pgchannels.follower import Batch, Follower
 from pgchannels.messages import Message, Position
 from pgchannels.records import FollowerStatus, Move, Moved
+from pgchannels.waiting import set_within
 
 if TYPE_CHECKING:
     from pgchannels.settings import Settings
@@ -534,17 +535,9 @@ class PostgresFollower(Follower):
             logger.info("the lease of follower %s was left to run out: %s", self._name, error)
 
     async def _asked_within(self, seconds: float) -> None:
-        await _set_within(self._asked, seconds)
+        await set_within(self._asked, seconds)
         self._asked.clear()
 
     async def _changed_within(self, seconds: float) -> None:
         self._changed.clear()
-        await _set_within(self._changed, seconds)
-
-
-async def _set_within(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return
+        await set_within(self._changed, seconds)

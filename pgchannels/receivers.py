@@ -28,6 +28,7 @@ from pgchannels.errors import (
     InvalidChannel,
 )
 from pgchannels.messages import Message
+from pgchannels.waiting import set_within
 
 if TYPE_CHECKING:
     from pgchannels.settings import Settings
@@ -171,7 +172,8 @@ class Receivers:
     async def run(self) -> None:
         self._finished.clear()
         while not self._closed:
-            await self._woken()
+            await set_within(self._wakeup, self._housekeeping_interval)
+            self._wakeup.clear()
             while self._due or self._returning:
                 await self._hand_back()
                 await self._claim()
@@ -192,12 +194,8 @@ class Receivers:
     async def close(self) -> None:
         """End all waiting, and hand back what nobody has taken, within a few seconds."""
         self.refuse()
-        try:
-            async with asyncio.timeout(_CLOSING_TIME):
-                await self._finished.wait()
-        except TimeoutError:
-            if self._returning:
-                logger.error("%d messages could not be handed back", len(self._returning))
+        if not await set_within(self._finished, _CLOSING_TIME) and self._returning:
+            logger.error("%d messages could not be handed back", len(self._returning))
 
     async def disconnect(self) -> None:
         """Close the connection. ``run()`` must have ended."""
@@ -333,14 +331,6 @@ class Receivers:
                 delay = backoff.next()
                 logger.log(error.level, "cannot claim, retry in %.1f s: %s", delay, error)
                 await asyncio.sleep(delay)
-
-    async def _woken(self) -> None:
-        try:
-            async with asyncio.timeout(self._housekeeping_interval):
-                await self._wakeup.wait()
-        except TimeoutError:
-            return
-        self._wakeup.clear()
 
     @property
     def _housekeeping_interval(self) -> float:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pgchannels.backoff import Backoff
 from pgchannels.errors import DatabaseError, DatabaseUnavailable
+from pgchannels.waiting import set_within
 
 if TYPE_CHECKING:
     from pgchannels.leases import Lease
@@ -70,9 +71,11 @@ class Sequencer:
                 # The others look now and then, lest all wait for a lease to run out whose holder
                 # has died.
                 settings = self._settings
-                await self._woken_within(
-                    settings.outbox_poll_interval if polls else settings.poll_interval
+                await set_within(
+                    self._wakeup,
+                    settings.outbox_poll_interval if polls else settings.poll_interval,
                 )
+                self._wakeup.clear()
                 await self.run_once()
                 backoff.reset()
             except DatabaseError as error:
@@ -97,11 +100,3 @@ class Sequencer:
         """Let another node poll."""
         await self._lease.release()
         await self._session.close()
-
-    async def _woken_within(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._wakeup.wait()
-        except TimeoutError:
-            return
-        self._wakeup.clear()

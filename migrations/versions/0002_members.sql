@@ -83,12 +83,12 @@ create index keys_expires_at on pgchannels.keys (expires_at);
 -- What a receiving process's last claim took, so that one whose answer was lost on the way can be
 -- asked again. Locked by each claim: a repeated one waits for the first to end.
 create table pgchannels.claims (
-    node uuid not null,
+    claimant uuid not null,
     token bigint not null default 0,
     names text[] not null default '{}',
     ids bigint[] not null default '{}',
     made_at timestamptz not null default clock_timestamp(),
-    constraint claims_pkey primary key (node)
+    constraint claims_pkey primary key (claimant)
 );
 
 -- Durable readers: how far each has come, and who reads for it now.

@@ -303,7 +303,7 @@ select l.count, case when l.count > 0 then pgchannels.remove_channels(l.names, i
 -- No claim is repeated after a day.
 with deleted as (
     delete from pgchannels.claims k
-     where k.node in (select o.node from pgchannels.claims o
+     where k.claimant in (select o.claimant from pgchannels.claims o
                        where o.made_at < clock_timestamp() - interval '1 day' limit $1)
     returning 1
 )
@@ -332,7 +332,7 @@ select pgchannels.requeue_stragglers();
 
 -- name: add_claimant
 -- A process that claims has a row, which each of its claims locks.
-insert into pgchannels.claims (node) values ($1) on conflict (node) do nothing;
+insert into pgchannels.claims (claimant) values ($1) on conflict (claimant) do nothing;
 
 -- name: add_receiver
 -- A channel that somebody receives from has a row.
@@ -356,7 +356,7 @@ select n.name from unnest($1::text[]) n(name) order by n.name on conflict (name)
 with asked as (
     select a.name, a.wanted from unnest($1::text[], $2::integer[]) a(name, wanted)
 ), claimant as materialized (
-    select k.token, k.names, k.ids from pgchannels.claims k where k.node = $3 for update
+    select k.token, k.names, k.ids from pgchannels.claims k where k.claimant = $3 for update
 ), bounds as materialized (
     select b.head, b.epoch, b.floor, b.partitioned_to, least(b.head, $5::bigint - 1) as upto from pgchannels.bounds b
 ), mine as materialized (
@@ -416,7 +416,7 @@ with asked as (
        set token = $4::bigint, names = n.names, ids = n.ids, made_at = clock_timestamp()
       from (select array_agg(t.name order by t.id) as names, array_agg(t.id order by t.id) as ids
               from taken t having count(*) > 0) n
-     where k.node = $3
+     where k.claimant = $3
 ), given as (
     select t.name, t.id, t.channel, t.payload, t.created_at, t.size, t.headers, t.attachments from taken t
     union all
@@ -437,7 +437,7 @@ select b.head, b.epoch, b.partitioned_to, a.name,
 -- claims, so that it is not done twice when only the answer was lost.
 with noted as (
     update pgchannels.claims k set token = $4::bigint, names = '{}', ids = '{}', made_at = clock_timestamp()
-     where k.node = $3 and k.token < $4::bigint
+     where k.claimant = $3 and k.token < $4::bigint
     returning 1
 ), locked as materialized (
     select c.name from pgchannels.channels c

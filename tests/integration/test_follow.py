@@ -1162,8 +1162,9 @@ class TestClosing:
         self, layer: PostgresLayer, other: PostgresLayer, connection: Any
     ) -> None:
         async with layer.follow("a", name="f") as follower, other.follow("a", name="f") as waiting:
-            readers = [asyncio.create_task(everything(each)) for each in (follower, waiting)]
-            await eventually(lambda: "a" in layer._opened.hub._index)
+            readers = [asyncio.create_task(everything(follower))]
+            await eventually(lambda: "a" in layer._opened.hub._index)  # the lease is its
+            readers.append(asyncio.create_task(everything(waiting)))
             await asked(connection)
             await other.close()
             async with asyncio.timeout(5):
