@@ -13,7 +13,7 @@ from alembic import context
 from sqlalchemy import Connection, text
 
 from pgchannels import migrate
-from pgchannels.schema import VERSION_TABLE
+from pgchannels.schema import LOCK_TIMEOUT, VERSION_TABLE
 from pgchannels.settings import Settings
 
 
@@ -43,6 +43,8 @@ def run(connection: Connection | None, schema: str) -> None:
         # Before the version table is read: of several that start at once, the second waits here
         # and then finds nothing left to do.
         context.execute(f"select pg_advisory_xact_lock(1885823848, hashtext('migrate {schema}'))")
+        # Whoever comes after it in the queue for a lock has to wait as long, so not for ever.
+        context.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
         if connection is None:
             context.execute(f"create schema if not exists {quoted}")
         elif not schema_exists(connection, schema):

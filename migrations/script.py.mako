@@ -1,6 +1,8 @@
-"""${message}"""
+"""${message}."""
 
-from alembic import op
+from alembic import context, op
+
+from pgchannels.revisions import downgrade_from, upgrade_to
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
@@ -9,8 +11,15 @@ depends_on = ${repr(depends_on)}
 
 
 def upgrade() -> None:
-    ${upgrades if upgrades else "raise NotImplementedError"}
+    for statement in upgrade_to(revision, schema()):
+        op.execute(statement)
 
 
 def downgrade() -> None:
-    ${downgrades if downgrades else "raise NotImplementedError"}
+    for statement in downgrade_from(revision, schema()):
+        op.execute(statement)
+
+
+def schema() -> str:
+    name: str = context.get_context().opts["version_table_schema"]
+    return name

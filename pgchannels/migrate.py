@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alembic import command
@@ -19,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from pgchannels.backoff import Backoff
 from pgchannels.bundled import bundled
 from pgchannels.connections import connect
 from pgchannels.errors import DatabaseError
@@ -28,28 +31,48 @@ from pgchannels.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["current", "downgrade", "is_behind", "run_in_transaction", "script", "upgrade"]
+__all__ = [
+    "check",
+    "current",
+    "downgrade",
+    "is_behind",
+    "run_in_transaction",
+    "script",
+    "upgrade",
+]
+
+logger = logging.getLogger("pgchannels.migrate")
 
 T = TypeVar("T")
 
+# Seconds that a migration goes on trying to get its locks in.
+_PATIENCE = 60.0
+_LOCK_NOT_AVAILABLE = "55P03"
+
 
 def upgrade(settings: Settings | str, revision: str = "head") -> None:
-    """Migrate up. Safe to run in several processes at once, and again.
+    """Migrate up. Safe to run in several processes at once, again, and beside running nodes.
+
+    It does not wait for long for a lock, because publishers would have to wait behind it: it gives
+    up what it has, and tries again, for a minute. A schema that a newer version has migrated, and
+    which this one works on, is left as it is.
 
     Raises:
         SchemaError: a newer version of pgchannels has migrated this database.
         DatabaseError: PostgreSQL refused, or cannot be reached.
     """
     resolved = _settings(settings)
-    found = current(resolved)
+    found, works_from = _found(resolved)
     if found is not None and found not in REVISIONS:
-        check_revision(resolved.schema_name, found)
-    _run_command(resolved, lambda config: command.upgrade(config, revision))
+        check_revision(resolved.schema_name, found, works_from)
+        return
+    _patiently(lambda: _run_command(resolved, lambda config: command.upgrade(config, revision)))
 
 
 def downgrade(settings: Settings | str, revision: str) -> None:
     """Migrate down; to ``"base"`` removes everything, messages included."""
-    _run_command(_settings(settings), lambda config: command.downgrade(config, revision))
+    resolved = _settings(settings)
+    _patiently(lambda: _run_command(resolved, lambda config: command.downgrade(config, revision)))
 
 
 def script(settings: Settings | str | None = None) -> str:
@@ -62,21 +85,52 @@ def script(settings: Settings | str | None = None) -> str:
 
 def current(settings: Settings | str) -> str | None:
     """The revision of the database; None if it has not been migrated."""
+    found, _ = _found(_settings(settings))
+    return found
+
+
+def check(settings: Settings | str) -> None:
+    """Raise :class:`~pgchannels.SchemaError` if this version does not work on the database."""
     resolved = _settings(settings)
-
-    def read(connection: Connection) -> str | None:
-        schema = resolved.schema_name
-        if not inspect(connection).has_table(VERSION_TABLE, schema=schema):
-            return None
-        found = connection.scalar(text(f'select version_num from "{schema}".{VERSION_TABLE}'))
-        return None if found is None else str(found)
-
-    return run_in_transaction(resolved, read)
+    check_revision(resolved.schema_name, *_found(resolved))
 
 
 def is_behind(settings: Settings | str) -> bool:
     """Whether ``upgrade()`` has something to do."""
     return current(settings) != NEEDED_REVISION
+
+
+def _found(settings: Settings) -> tuple[str | None, str | None]:
+    """The revision of the database, and since which one code works on it, if that is said."""
+    schema = settings.schema_name
+
+    def read(connection: Connection) -> tuple[str | None, str | None]:
+        inspector = inspect(connection)
+        if not inspector.has_table(VERSION_TABLE, schema=schema):
+            return None, None
+        found = connection.scalar(text(f'select version_num from "{schema}".{VERSION_TABLE}'))
+        if found is None or found in REVISIONS:
+            return found, None
+        columns = {column["name"] for column in inspector.get_columns("log", schema=schema)}
+        if "works_from" not in columns:
+            return found, None
+        return found, connection.scalar(text(f'select works_from from "{schema}".log'))
+
+    return run_in_transaction(settings, read)
+
+
+def _patiently(migrate: Callable[[], None]) -> None:
+    backoff = Backoff(base=0.1, cap=2.0)
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return migrate()
+        except DatabaseError as error:
+            if error.sqlstate != _LOCK_NOT_AVAILABLE or time.monotonic() > deadline:
+                raise
+        delay = backoff.next()
+        logger.info("a table is in use, the migration begins again in %.1f s", delay)
+        time.sleep(delay)
 
 
 def _settings(settings: Settings | str | None) -> Settings:
@@ -118,7 +172,8 @@ def run_in_transaction(settings: Settings, function: Callable[[Connection], T]) 
                 return await connection.run_sync(function)
         except DBAPIError as error:
             # Its own text repeats the statement, which is of no use to who migrates.
-            raise DatabaseError(f"PostgreSQL refused: {error.orig}") from error
+            sqlstate = getattr(error.orig, "sqlstate", None)
+            raise DatabaseError(f"PostgreSQL refused: {error.orig}", sqlstate) from error
         finally:
             await engine.dispose()
 

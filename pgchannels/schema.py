@@ -26,6 +26,7 @@ from sqlalchemy.types import UserDefinedType
 from pgchannels.errors import SchemaError
 
 __all__ = [
+    "LOCK_TIMEOUT",
     "NEEDED_REVISION",
     "REVISIONS",
     "VERSION_TABLE",
@@ -35,20 +36,30 @@ __all__ = [
     "outbox",
 ]
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 """Every revision that there has been, oldest first."""
 
 NEEDED_REVISION = REVISIONS[-1]
 
 VERSION_TABLE = "alembic_version"
 
+LOCK_TIMEOUT = "500ms"
+"""How long a migration waits for a lock, and makes others wait behind it."""
 
-def check_revision(schema: str, found: str | None) -> None:
-    """Raise :class:`SchemaError` if *found* is not the revision that this code works on."""
-    if found != NEEDED_REVISION:
-        raise SchemaError(
-            schema, found, NEEDED_REVISION, newer=found is not None and found not in REVISIONS
-        )
+
+def check_revision(schema: str, found: str | None, works_from: str | None = None) -> None:
+    """Raise :class:`SchemaError` if this code does not work on a schema of the revision *found*.
+
+    It works on the one that it needs, and on a later one that says so: *works_from* is the oldest
+    revision whose code may go on, as the schema itself has it. So a database is migrated first, and
+    the servers are replaced then, one by one.
+    """
+    if found == NEEDED_REVISION:
+        return
+    newer = found is not None and found not in REVISIONS
+    if newer and works_from is not None and works_from <= NEEDED_REVISION:
+        return
+    raise SchemaError(schema, found, NEEDED_REVISION, newer=newer)
 
 
 class EncodedJSON(UserDefinedType[str]):

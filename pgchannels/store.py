@@ -7,6 +7,7 @@ it breaks: the hub and the sequencer each have one, so that no crowd at the pool
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +24,7 @@ from pgchannels.errors import (
 from pgchannels.messages import Message, Position
 from pgchannels.payloads import DEFAULT, Serializer
 from pgchannels.records import Head, LogPage, Outgoing, flatten
-from pgchannels.schema import check_revision
+from pgchannels.schema import REVISIONS, check_revision
 from pgchannels.sql import load_queries
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from pgchannels.settings import Settings
 
 __all__ = ["Claim", "Claims", "Partition", "Session", "Store"]
+
+logger = logging.getLogger("pgchannels.store")
 
 # Seconds that a connection may take to say goodbye.
 _CLOSING_TIME = 2.0
@@ -228,6 +231,8 @@ class Store(Queries):
     def __init__(self, settings: Settings, serializer: Serializer = DEFAULT) -> None:
         super().__init__(settings, serializer)
         self._pool: Pool | None = None
+        self.is_maintainer = False
+        """Whether we may act as the schema's owner, and so drop partitions. Known when open."""
 
     async def open(self) -> None:
         """Connect, and look whether the schema is the one that this code works on.
@@ -270,16 +275,33 @@ class Store(Queries):
             # undefined_table, also where the schema is missing; invalid_schema_name
             if error.sqlstate in ("42P01", "3F000"):
                 rows = []
+            elif error.sqlstate == "42501":  # insufficient_privilege
+                raise _no_node(schema) from error
             else:
                 raise
-        check_revision(schema, rows[0][0] if rows else None)
+        found = rows[0][0] if rows else None
+        works_from = None
+        if found is not None and found not in REVISIONS:
+            works_from = await self._works_from()
+        check_revision(schema, found, works_from)
         (row,) = await self.fetch("owner")
-        if not row["is_ours"]:
-            raise ConfigurationError(
-                f"role {row['we']!r} does not own schema {schema!r}, and so could not make or drop "
-                f"partitions of the log: connect as {row['owner']!r}, or as that role's member: "
-                f'grant "{row["owner"]}" to "{row["we"]}"'
+        if not row["is_node"]:
+            raise _no_node(schema, row["we"], row["owner"])
+        self.is_maintainer = row["is_ours"]
+        if not self.is_maintainer:
+            logger.info(
+                "role %s is no maintainer of schema %s: this node does not prune", row["we"], schema
             )
+
+    async def _works_from(self) -> str | None:
+        try:
+            (row,) = await self.fetch("works_from")
+        except DatabaseError as error:
+            if error.sqlstate == "42703":  # undefined_column
+                return None
+            raise
+        value: str = row[0]
+        return value
 
     async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Record]:
         if self._pool is None:
@@ -292,6 +314,13 @@ class Store(Queries):
                     connection.terminate()  # or the pool would lend it out again
                     raise
         return rows
+
+
+def _no_node(schema: str, role: str = "ROLE", owner: str = "its owner") -> ConfigurationError:
+    return ConfigurationError(
+        f"the role that we connect as may not be a node on schema {schema!r}. As {owner}, run: "
+        f"pgchannels grant node {role}"
+    )
 
 
 class Session(Queries):

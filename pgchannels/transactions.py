@@ -1,16 +1,18 @@
-"""Moves a follower's position in the transaction of whoever did the work.
+"""What is done in a transaction of the caller's own, on whatever connection that is.
 
-The one statement that this is about runs on the caller's connection, whatever that is: by the name
-``save_follower`` on asyncpg's, and as its twin in SQLAlchemy Core on SQLAlchemy's, of any driver.
+A follower's position moves with the work that it stands for: by the query ``save_follower`` on
+asyncpg's connections, and as its twin in SQLAlchemy Core on SQLAlchemy's, of any driver. And a
+transaction may be made to see exactly what the log ends with.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import asyncpg
 from sqlalchemy import Connection, Text, Update, and_, cast, func, or_, update
-from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
@@ -19,7 +21,14 @@ from pgchannels.records import Move, Moved
 from pgchannels.schema import followers
 from pgchannels.sql import load_queries
 
-__all__ = ["check_transaction", "move_in_transaction"]
+__all__ = [
+    "adopt_snapshot",
+    "begin_repeatable_read",
+    "check_transaction",
+    "move_in_transaction",
+]
+
+T = TypeVar("T")
 
 
 async def move_in_transaction(transaction: Any, schema: str, move: Move) -> Moved | None:
@@ -32,19 +41,78 @@ async def move_in_transaction(transaction: Any, schema: str, move: Move) -> Move
             commits each statement by itself.
         Exception: what its driver raises, as from any statement of the caller's own.
     """
+    if isinstance(transaction, asyncpg.Connection):  # one that was acquired from a pool, too
+        return await _on_asyncpg(transaction, schema, move)
+
+    def moved(connection: Connection) -> Moved | None:
+        row = connection.execute(_statement(schema, move)).one_or_none()
+        return None if row is None else Moved(*row)
+
+    return await _in_its_connection(transaction, schema, moved)
+
+
+async def begin_repeatable_read(transaction: Any, schema: str) -> None:
+    """Make *transaction*, which must not have run a query yet, one in REPEATABLE READ.
+
+    Raises:
+        ConfigurationError: as :func:`move_in_transaction`, or it has run a query.
+    """
+    await _set(transaction, schema, "set transaction isolation level repeatable read")
+
+
+async def adopt_snapshot(transaction: Any, schema: str, snapshot: str) -> None:
+    """Let *transaction* see what the exported *snapshot* shows; after begin_repeatable_read()."""
+    # The server has made the name: hexadecimal digits and hyphens.
+    await _set(transaction, schema, f"set transaction snapshot '{snapshot}'")
+
+
+async def _set(transaction: Any, schema: str, statement: str) -> None:
+    try:
+        if isinstance(transaction, asyncpg.Connection):
+            _check_in_transaction(transaction)
+            await transaction.execute(statement)
+        else:
+            await _in_its_connection(
+                transaction, schema, lambda connection: connection.exec_driver_sql(statement)
+            )
+    except (asyncpg.PostgresError, DBAPIError) as error:
+        if _sqlstate(error) == "25001":  # active_sql_transaction
+            raise ConfigurationError(
+                "this transaction has run a query already: take the snapshot first, outside of "
+                "savepoints"
+            ) from error
+        raise
+
+
+def _sqlstate(error: Exception) -> object:
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    # As psycopg and asyncpg have it, and psycopg2 and pg8000.
+    return getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+
+
+async def _in_its_connection(
+    transaction: Any, schema: str, function: Callable[[Connection], T]
+) -> T:
+    """Call *function* with the connection of something of SQLAlchemy's."""
+
+    def of_session(session: Session | scoped_session[Any]) -> T:
+        return of_connection(_connection(session, schema))
+
+    def of_connection(connection: Connection) -> T:
+        check_transaction(connection)
+        return function(connection)
+
     match transaction:
-        case asyncpg.Connection():  # one that was acquired from a pool counts as such too
-            return await _on_asyncpg(transaction, schema, move)
         case async_scoped_session():
-            return await move_in_transaction(transaction(), schema, move)
+            return await _in_its_connection(transaction(), schema, function)
         case AsyncSession():
-            return await transaction.run_sync(_in_session, schema, move)
+            return await transaction.run_sync(of_session)
         case AsyncConnection():
-            return await transaction.run_sync(_on_connection, schema, move)
+            return await transaction.run_sync(of_connection)
         case Session() | scoped_session():
-            return _in_session(transaction, schema, move)
+            return of_session(transaction)
         case Connection():
-            return _on_connection(transaction, schema, move)
+            return of_connection(transaction)
         case _:
             raise ConfigurationError(
                 "expected an asyncpg connection, or a SQLAlchemy AsyncSession, AsyncConnection, "
@@ -68,30 +136,27 @@ def check_transaction(connection: Connection) -> None:
 
 
 async def _on_asyncpg(connection: Any, schema: str, move: Move) -> Moved | None:
-    if not connection.is_in_transaction():
-        raise ConfigurationError(
-            "this connection is in no transaction, so the position would be saved at once and by "
-            "itself: use 'async with connection.transaction():'"
-        )
+    _check_in_transaction(connection)
     row = await connection.fetchrow(load_queries(schema)["save_follower"], *move)
     return None if row is None else Moved(*row)
 
 
-def _in_session(session: Session | scoped_session[Any], schema: str, move: Move) -> Moved | None:
+def _check_in_transaction(connection: Any) -> None:
+    if not connection.is_in_transaction():
+        raise ConfigurationError(
+            "this connection is in no transaction, so each statement would commit by itself: use "
+            "'async with connection.transaction():'"
+        )
+
+
+def _connection(session: Session | scoped_session[Any], schema: str) -> Connection:
     try:
-        connection = session.connection(bind_arguments={"clause": followers(schema)})
+        return session.connection(bind_arguments={"clause": followers(schema)})
     except UnboundExecutionError as error:
         raise ConfigurationError(
-            "this session has no engine that the position could be saved with: give it a bind of "
-            "its own, not only binds for some of its classes"
+            "this session has no engine for the tables of pgchannels: give it a bind of its own, "
+            "not only binds for some of its classes"
         ) from error
-    return _on_connection(connection, schema, move)
-
-
-def _on_connection(connection: Connection, schema: str, move: Move) -> Moved | None:
-    check_transaction(connection)
-    row = connection.execute(_statement(schema, move)).one_or_none()
-    return None if row is None else Moved(*row)
 
 
 def _statement(schema: str, move: Move) -> Update:

@@ -1,10 +1,8 @@
 """The outbox, the log and the functions between them."""
 
-from pathlib import Path
-
 from alembic import context, op
 
-from pgchannels.sql import in_schema, statements
+from pgchannels.revisions import downgrade_from, upgrade_to
 
 revision = "0001"
 down_revision = None
@@ -13,51 +11,15 @@ depends_on = None
 
 
 def upgrade() -> None:
-    script = Path(__file__).with_suffix(".sql").read_text(encoding="utf-8")
-    for statement in statements(in_schema(script, schema())):
+    for statement in upgrade_to(revision, schema()):
         op.execute(statement)
 
 
 def downgrade() -> None:
-    for statement in statements(in_schema(DOWNGRADE, schema())):
+    for statement in downgrade_from(revision, schema()):
         op.execute(statement)
 
 
 def schema() -> str:
     name: str = context.get_context().opts["version_table_schema"]
     return name
-
-
-# Partitions go with their parent; those that were detached and, by a crash of the pruner, not
-# dropped, are looked up.
-DOWNGRADE = """
-drop function pgchannels.requeue_stragglers();
-drop procedure pgchannels.seal_and_notify(integer, text, integer, bigint);
-drop function pgchannels.seal(integer);
-drop function pgchannels.add_partitions(bigint);
-drop function pgchannels.publish(text, json, interval);
-drop table pgchannels.leases;
-drop table pgchannels.nodes;
-drop table pgchannels.memberships;
-drop table pgchannels.channels;
-drop view pgchannels.bounds;
-drop table pgchannels.log;
-drop table pgchannels.batches;
-drop table pgchannels.messages;
-do $$
-declare
-    leftover text;
-begin
-    for leftover in select c.oid::regclass from pg_class c
-                     where c.relnamespace = (select o.relnamespace from pg_class o
-                                              where o.oid = 'pgchannels.outbox'::regclass)
-                       and c.relkind = 'r' and c.relname ~ '^messages_[0-9]+$'
-    loop
-        execute 'drop table ' || leftover;
-    end loop;
-end
-$$;
-drop table pgchannels.outbox;
-drop function pgchannels.is_payload(json);
-drop function pgchannels.is_channel(text);
-"""

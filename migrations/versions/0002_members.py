@@ -1,10 +1,8 @@
 """Receivers, members, presence, followers, idempotency keys, ephemeral messages."""
 
-from pathlib import Path
-
 from alembic import context, op
 
-from pgchannels.sql import in_schema, statements
+from pgchannels.revisions import downgrade_from, upgrade_to
 
 revision = "0002"
 down_revision = "0001"
@@ -13,50 +11,15 @@ depends_on = None
 
 
 def upgrade() -> None:
-    script = Path(__file__).with_suffix(".sql").read_text(encoding="utf-8")
-    for statement in statements(in_schema(script, schema())):
+    for statement in upgrade_to(revision, schema()):
         op.execute(statement)
 
 
 def downgrade() -> None:
-    for statement in statements(in_schema(DOWNGRADE, schema())):
+    for statement in downgrade_from(revision, schema()):
         op.execute(statement)
 
 
 def schema() -> str:
     name: str = context.get_context().opts["version_table_schema"]
     return name
-
-
-# Who is where is known by the nodes that are running; 0001 has no place for it.
-DOWNGRADE = """
-drop function pgchannels.reap(uuid, interval, integer);
-drop function pgchannels.settle_departures(interval, integer);
-drop function pgchannels.remove_channels(text[], interval, uuid);
-drop function pgchannels.change_memberships(text[], text[], boolean[], text[], interval, uuid);
-drop function pgchannels.publish_left(json);
-drop function pgchannels.lock_presence(text[]);
-drop function pgchannels.is_for(json, text, boolean);
-alter table pgchannels.outbox drop constraint outbox_headers_are_valid;
-drop table pgchannels.ephemeral;
-drop function pgchannels.is_headers(json);
-drop table pgchannels.followers;
-drop table pgchannels.claims;
-drop table pgchannels.keys;
-delete from pgchannels.memberships;
-drop index pgchannels.memberships_identity;
-drop index pgchannels.memberships_left_at;
-alter table pgchannels.memberships
-    drop constraint memberships_presence_is_valid,
-    drop column identity, drop column presence, drop column user_id, drop column metadata,
-    drop column joined_at, drop column renewed_at, drop column left_at,
-    add column expires_at timestamptz;
-delete from pgchannels.channels;
-drop index pgchannels.channels_node;
-alter table pgchannels.channels
-    drop column metadata, drop column returned, drop column is_received,
-    drop column created_at,
-    add column expires_at timestamptz;
-delete from pgchannels.nodes;
-alter table pgchannels.nodes drop column steady_since, drop column dead_since;
-"""

@@ -1,0 +1,32 @@
+-- With the trigger function go the triggers of what is watched.
+
+drop view pgchannels.watches;
+drop function pgchannels.publish_changes() cascade;
+drop function pgchannels.regrant();
+drop function pgchannels.grant_access(text, text);
+drop function pgchannels.watch(regclass, text, text[], jsonpath, text[]);
+drop function pgchannels.unwatch(regclass, text);
+drop function pgchannels.watched_change(text, text[], text[], jsonpath, jsonb, jsonb);
+drop function pgchannels.watched_channel(text[], jsonb);
+drop function pgchannels.publish_many(text[], json[], interval);
+-- restore pgchannels.publish
+-- restore pgchannels.seal
+-- restore pgchannels.seal_and_notify
+drop function pgchannels.check_message(text, json, bigint);
+drop function pgchannels.check_ttl(interval);
+alter function pgchannels.is_channel(text) reset search_path;
+alter function pgchannels.is_payload(json) reset search_path;
+alter function pgchannels.is_headers(json) reset search_path;
+alter function pgchannels.add_partitions(bigint) security invoker;
+alter table pgchannels.log drop column works_from;
+do $$
+declare
+    routine regprocedure;
+begin
+    for routine in select p.oid::regprocedure from pg_proc p
+                    where p.pronamespace = (select c.relnamespace from pg_class c where c.oid = 'pgchannels.messages'::regclass)
+    loop
+        execute format('grant execute on routine %s to public', routine);
+    end loop;
+end
+$$;

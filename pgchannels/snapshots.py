@@ -1,0 +1,103 @@
+"""Snapshots of the database that end where the log does.
+
+A transaction that reads state, and wants to go on with what is published after it, needs a position
+that fits: all that it sees is before, all that it does not see comes after. No position fits an
+ordinary snapshot, for at any moment some messages are committed and have no position yet. So one is
+made to fit. A batch is sealed in a REPEATABLE READ transaction, which takes exactly what its
+snapshot shows, and that snapshot is exported to the reader (manual, SET TRANSACTION). Meanwhile
+nobody else may seal: for a few round trips, and at the most, by the server's clock, for seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from pgchannels.errors import DatabaseError
+from pgchannels.messages import Position
+
+if TYPE_CHECKING:
+    from pgchannels.settings import Settings
+    from pgchannels.store import Session
+
+__all__ = ["Snapshots"]
+
+logger = logging.getLogger("pgchannels.snapshots")
+
+# What the last batch may hold; the backlog before it is sealed in the ordinary way.
+_MAX_MESSAGES = 100_000
+# Seconds until a session that holds the others up, and does nothing, is ended.
+_IDLE_TIME = 5
+# Conflicts with a pruner, and publishers that are faster than the sequencer.
+_ATTEMPTS = 20
+_SERIALIZATION_FAILURE = "40001"
+
+
+class Snapshots:
+    """Makes them, one at a time.
+
+    Args:
+        settings: of the layer.
+        session: a connection of its own.
+        sealed: called with the new head of the log when something was sealed.
+    """
+
+    def __init__(
+        self, settings: Settings, session: Session, *, sealed: Callable[[int], None]
+    ) -> None:
+        self._settings = settings
+        self._session = session
+        self._sealed = sealed
+        self._lock = asyncio.Lock()
+
+    async def take(self, adopt: Callable[[str], Awaitable[None]]) -> Position:
+        """Export a snapshot, call *adopt* with its name, and return the position that fits.
+
+        Raises:
+            DatabaseUnavailable: no connection; or *adopt* took seconds.
+            DatabaseError: PostgreSQL refused.
+            Exception: what *adopt* raises.
+        """
+        async with self._lock:
+            for _ in range(_ATTEMPTS):
+                try:
+                    position = await self._attempt(adopt)
+                except DatabaseError as error:
+                    # Whatever state it is in: a new connection holds no lock and no transaction.
+                    self._session.abort()
+                    if error.sqlstate != _SERIALIZATION_FAILURE:
+                        raise
+                except BaseException:
+                    self._session.abort()
+                    raise
+                else:
+                    if position is not None:
+                        return position
+        raise DatabaseError(f"no snapshot could be taken, in {_ATTEMPTS} attempts")
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def _attempt(self, adopt: Callable[[str], Awaitable[None]]) -> Position | None:
+        session = self._session
+        while (await session.seal())[0] >= self._settings.batch_size:
+            pass
+        # Before the transaction, whose snapshot must show what the previous holder has committed.
+        await session.fetch("hold_sequencer", f"{_IDLE_TIME}s")
+        await session.execute("begin isolation level repeatable read")
+        ((sealed, head),) = await session.fetch("seal_here", _MAX_MESSAGES)
+        if sealed == _MAX_MESSAGES:
+            position = None  # and perhaps more was to be seen
+        else:
+            ((snapshot, epoch),) = await session.fetch("export_snapshot")
+            await adopt(snapshot)
+            position = Position(epoch, head)
+        # The reader has adopted it: it outlives the transaction that it was exported from.
+        await session.execute("commit")
+        await session.fetch("let_sequencer_go")
+        if sealed:
+            self._sealed(head)
+            await session.notify(self._settings.schema_name, str(head))
+        return position
