@@ -462,6 +462,8 @@ class TestChannel:
         async with serving(Connected, layer) as open_socket, open_socket() as socket:
             await answer(socket)
             await ask(socket, {"add": "room"})
+            if isinstance(layer, PostgresLayer):
+                await eventually(lambda: layer.is_listening)
             await layer.send_ephemeral("room", {"typing": True})
             assert await arrived(socket) == {"typing": True}
 

@@ -113,6 +113,14 @@ async def following(follower: Follower) -> Batch:
         return await anext(follower)
 
 
+@asynccontextmanager
+async def active(layer: PostgresLayer) -> AsyncIterator[Follower]:
+    """A follower that has the lease, so that whoever is entered after it waits."""
+    async with layer.follow("a", name="f") as follower:
+        await eventually(lambda: follower._term is not None)  # type: ignore[attr-defined]
+        yield follower
+
+
 async def take(follower: Follower, count: int) -> Batch:
     """The next batches up to one that ends with the *count*-th message from now; the last."""
     taken = 0
@@ -265,6 +273,7 @@ class TestReading:
         async with layer.follow("a", name="f") as follower, layer.subscribe("a") as stream:
             first = asyncio.create_task(following(follower))
             await eventually(lambda: len(layer._opened.hub._index["a"]) == 2)
+            await eventually(lambda: layer.is_listening)
             await layer.send_ephemeral("a", {"n": 0})
             async with asyncio.timeout(10):
                 assert (await anext(stream)).ephemeral
@@ -675,7 +684,7 @@ class TestInATransaction:
         self, layer: PostgresLayer, connection: Any, quick_way: Way
     ) -> None:
         async with layer.follow("a", name="f") as follower:
-            zeroth, first, second, third = await one_by_one(layer, follower, 0, 1, 2, 3)
+            zeroth, first, second, third, fourth = await one_by_one(layer, follower, *range(5))
             await work(quick_way, zeroth, first)
             await commit(quick_way)
             # Nothing to be done, and no error: they are covered.
@@ -685,7 +694,6 @@ class TestInATransaction:
             await second.ack()
             await work(quick_way, third)
             await rollback(quick_way)
-            (fourth,) = await one_by_one(layer, follower, 4)
             with pytest.raises(FollowerLost):
                 await fourth.ack()
             assert ns(await following(follower)) == [3, 4]
@@ -704,7 +712,7 @@ class TestInATransaction:
         self, layer: PostgresLayer, other: PostgresLayer, connection: Any, quick_way: Way
     ) -> None:
         """It is renewed all the same, before the ack and after it."""
-        async with layer.follow("a", name="f") as follower, other.follow("a", name="f") as waiting:
+        async with active(layer) as follower, other.follow("a", name="f") as waiting:
             second_reader = asyncio.create_task(following(waiting))
             (batch,) = await one_by_one(layer, follower, 1)
             await work(quick_way, batch)
@@ -807,22 +815,22 @@ class TestRefusals:
 
 class TestTakeover:
     async def test_one_reads_and_the_next_takes_over_at_once(
-        self, layer: PostgresLayer, other: PostgresLayer, connection: Any
+        self, settings: Settings, connection: Any
     ) -> None:
-        another_name = other.follow("a", name="g")
-        async with another_name, layer.follow("a", name="f") as follower:
-            first, _ = await one_by_one(layer, follower, 1, 2)
-            await first.ack()
-            waiting = other.follow("a", name="f")
-            async with waiting:
-                reader = asyncio.create_task(following(waiting))
-                await asked(connection)
-                assert not reader.done()
-                left_at = asyncio.get_running_loop().time()
-                await follower.__aexit__(None, None, None)
-                assert ns(await reader) == [2]
-                # Well within the lease that the first one had.
-                assert asyncio.get_running_loop().time() - left_at < LEASE / 2
+        # Whoever had to wait for the lease to run out would wait for too long.
+        patient = settings.model_copy(update={"lease_time": 3600.0})
+        async with PostgresLayer(patient) as layer, PostgresLayer(patient) as other:
+            another_name = other.follow("a", name="g")
+            async with another_name, layer.follow("a", name="f") as follower:
+                first, _ = await one_by_one(layer, follower, 1, 2)
+                await first.ack()
+                waiting = other.follow("a", name="f")
+                async with waiting:
+                    reader = asyncio.create_task(following(waiting))
+                    await asked(connection)
+                    assert not reader.done()
+                    await follower.__aexit__(None, None, None)
+                    assert ns(await reader) == [2]
 
     @pytest.mark.parametrize("way", [asyncpg_connection, async_session], indirect=True)
     async def test_who_was_thought_dead_can_save_nothing(
@@ -1161,10 +1169,8 @@ class TestClosing:
     async def test_the_layer_closes_while_it_reads_or_waits(
         self, layer: PostgresLayer, other: PostgresLayer, connection: Any
     ) -> None:
-        async with layer.follow("a", name="f") as follower, other.follow("a", name="f") as waiting:
-            readers = [asyncio.create_task(everything(follower))]
-            await eventually(lambda: "a" in layer._opened.hub._index)  # the lease is its
-            readers.append(asyncio.create_task(everything(waiting)))
+        async with active(layer) as follower, other.follow("a", name="f") as waiting:
+            readers = [asyncio.create_task(everything(each)) for each in (follower, waiting)]
             await asked(connection)
             await other.close()
             async with asyncio.timeout(5):

@@ -683,6 +683,7 @@ class TestCapacity:
 
 async def test_ephemeral_messages_of_what_is_read_no_more(database_url: str) -> None:
     async with PostgresLayer(database_url) as layer, layer.subscribe("room", "other") as stream:
+        await eventually(lambda: layer.is_listening)
         await layer.send_ephemeral("room", {"n": 1})
         await layer.send_ephemeral("other", {"n": 2})
         await eventually(lambda: stream.pending == 2)
