@@ -2,7 +2,8 @@
 
 The commands themselves are in `pgchannels.commands`. Results go to stdout, errors to stderr, as one
 line each. The exit code is 0 for success; 1 if it could not be done, or if what was checked is not
-so; 2 if it was asked for in a way that cannot work.
+so; 2 if it was asked for in a way that cannot work; 128 and the signal's number if it was ended by
+one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from pgchannels.errors import ConfigurationError, PGChannelsError, SchemaError
+from pgchannels.errors import (
+    ConfigurationError,
+    InvalidMessage,
+    InvalidPosition,
+    PGChannelsError,
+    SchemaError,
+    UnknownPosition,
+)
 
 __all__ = ["main"]
 
@@ -26,10 +34,10 @@ def main() -> None:
         _fail(f"{missing} is not installed: pip install 'pgchannels[cli]'", 2)
     try:
         app(prog_name="pgchannels")
-    except SchemaError as error:
+    except (SchemaError, UnknownPosition) as error:
         # The state of a database, rather than of what was asked for.
         _fail(error, 1)
-    except ConfigurationError as error:
+    except (ConfigurationError, InvalidMessage, InvalidPosition) as error:
         _fail(error, 2)
     except PGChannelsError as error:
         _fail(error, 1)

@@ -1,4 +1,4 @@
-"""The commands of the command line: ``migrate``, ``prune``, ``followers``, ``demo``.
+"""The commands of the command line.
 
 They raise what goes wrong; `pgchannels.cli` says it and turns it into an exit code.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import fields
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pgchannels import migrate
+from pgchannels import migrate, shell
 from pgchannels.errors import ConfigurationError
 from pgchannels.postgres_follower import MAX_LAG, follower_statuses
 from pgchannels.pruner import Pruner, PruneReport
@@ -46,6 +47,14 @@ Schema = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="The schema of the tables [PGCHANNELS_SCHEMA_NAME]"),
 ]
+
+
+class Access(StrEnum):
+    """What a role can be given."""
+
+    PUBLISHER = "publisher"
+    NODE = "node"
+    MAINTAINER = "maintainer"
 
 
 def _show_version(wanted: bool) -> None:
@@ -112,7 +121,7 @@ def prune(
 ) -> None:
     """Remove what is past its retention, once. Nodes do so too, by themselves."""
     settings = _settings(database_url=database_url, schema_name=schema, retention=retention)
-    check_revision(settings.schema_name, migrate.current(settings))
+    migrate.check(settings)
     report = asyncio.run(_prune(settings, dry_run=dry_run))
     _print_report(report, settings, dry_run=dry_run)
     if report.problems:
@@ -125,8 +134,96 @@ def prune(
 def followers(database_url: DatabaseUrl = None, schema: Schema = None) -> None:
     """Show the durable readers: how far each has come, and what it has still to do."""
     settings = _settings(database_url=database_url, schema_name=schema)
-    check_revision(settings.schema_name, migrate.current(settings))
+    migrate.check(settings)
     _print_followers(asyncio.run(_followers(settings)))
+
+
+@app.command()
+def grant(
+    access: Annotated[
+        Access,
+        typer.Argument(
+            help="publisher: may publish, and read nothing. node: may do what a server does, but "
+            "for pruning. maintainer: may do what the schema's owner may."
+        ),
+    ],
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="One that exists.")],
+    database_url: DatabaseUrl = None,
+    schema: Schema = None,
+) -> None:
+    """Give a role of the database access to the schema. Safe to run again."""
+    settings = _settings(database_url=database_url, schema_name=schema)
+    migrate.check(settings)
+    asyncio.run(_grant(settings, access, role))
+    typer.echo(f"role {role!r} is a {access} on schema {settings.schema_name!r}")
+
+
+@app.command()
+def publish(
+    channel: Annotated[str, typer.Argument(metavar="CHANNEL", help="Where to.")],
+    payload: Annotated[
+        str,
+        typer.Argument(
+            metavar="PAYLOAD", help="A JSON object, or - for one on each line of standard input."
+        ),
+    ],
+    database_url: DatabaseUrl = None,
+    schema: Schema = None,
+    ttl: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long it can be read [PGCHANNELS_DEFAULT_TTL]"),
+    ] = None,
+    header: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A header; may be given several times."),
+    ] = None,
+) -> None:
+    """Publish messages on a channel. A role that may do nothing else can do this.
+
+    Of standard input, up to 1000 lines are one transaction. The first that is
+    refused ends it, with nothing of its transaction published.
+    """
+    settings = _settings(database_url=database_url, schema_name=schema)
+    shell.publish(settings, channel, payload, ttl=ttl, headers=header or [])
+
+
+@app.command()
+def tail(
+    channels: Annotated[list[str], typer.Argument(metavar="CHANNEL", help="One or more.")],
+    database_url: DatabaseUrl = None,
+    schema: Schema = None,
+    after: Annotated[
+        str | None,
+        typer.Option(metavar="POSITION", help="Begin after this one; 0: with all that is kept."),
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Begin with this time, in ISO 8601; local, if it has no zone."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="At most so many: the newest (10 by default), or the first."
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what comes, until interrupted.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print what clients get, as a line of JSON each.")
+    ] = False,
+) -> None:
+    """Print the messages of channels, oldest first: the newest 10, or those from a place on.
+
+    A line has the time (UTC), position, channel and payload. Ephemeral messages
+    are not shown. The exit code is 130 when it is interrupted.
+    """
+    settings = _settings(database_url=database_url, schema_name=schema)
+    shell.tail(
+        settings, channels, after=after, since=since, limit=limit, follow=follow, as_json=json
+    )
 
 
 @app.command()
@@ -169,6 +266,14 @@ def demo(
 
 def _settings(**options: Any) -> Settings:
     return Settings(**{name: value for name, value in options.items() if value is not None})
+
+
+async def _grant(settings: Settings, access: Access, role: str) -> None:
+    session = Session(settings, "grant")
+    try:
+        await session.fetch("grant_access", access.value, role)
+    finally:
+        await session.close()
 
 
 async def _prune(settings: Settings, *, dry_run: bool) -> PruneReport:

@@ -8,6 +8,7 @@
      ├─ ChannelLayerClosed          the layer is not open (any more)
      ├─ ChannelFull                 as many messages wait to be received as the channel may hold
      ├─ FollowerLost                another one reads as this durable reader now
+     ├─ InvalidFilter               not an expression that messages can be chosen by
      ├─ InvalidMessage              refused before anything was written
      │   ├─ InvalidChannel
      │   ├─ InvalidPayload
@@ -36,6 +37,7 @@ __all__ = [
     "EmbeddedPostgresError",
     "FollowerLost",
     "InvalidChannel",
+    "InvalidFilter",
     "InvalidMessage",
     "InvalidPayload",
     "InvalidPosition",
@@ -126,6 +128,30 @@ class FollowerLost(PGChannelsError):
 
     def __str__(self) -> str:
         return f"{self.name!r} is read by another follower by now, or its position has moved"
+
+
+class InvalidFilter(PGChannelsError, ValueError):
+    """A text that is not a filter, or one that could take too long.
+
+    Attributes:
+        filter: what was given, whatever its type.
+        offset: of the mistake, in characters from the beginning, 0.
+    """
+
+    def __init__(self, filter: object, offset: int, reason: str) -> None:
+        self.filter = filter
+        self.offset = offset
+        self.reason = reason
+        super().__init__(filter, offset, reason)
+
+    def __str__(self) -> str:
+        shown = "the end"
+        if not isinstance(self.filter, str):
+            shown = type(self.filter).__name__
+        elif self.offset < len(self.filter):
+            rest = self.filter[self.offset :]
+            shown = repr(rest if len(rest) <= 20 else f"{rest[:19]}…")
+        return f"invalid filter: {self.reason}, at offset {self.offset}: {shown}"
 
 
 class InvalidMessage(PGChannelsError, ValueError):

@@ -20,6 +20,8 @@ from pgchannels.records import Head, LogPage
 from pgchannels.waiting import set_within
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from pgchannels.messages import Message
     from pgchannels.settings import Settings
     from pgchannels.store import Session, Store
@@ -146,6 +148,11 @@ class Hub:
     async def head(self) -> Head:
         """The end of the log now."""
         return await self._store.head()
+
+    async def position_before(self, time: datetime) -> Position:
+        """How far the log had come before *time*."""
+        (row,) = await self._store.fetch("position_before", time)
+        return Position(*row)
 
     async def replay(self, channels: tuple[str, ...], after: int) -> LogPage:
         """Read a page for a subscriber. Those who ask for the same one share it.

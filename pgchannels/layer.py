@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Iterable, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -25,6 +25,7 @@ from pgchannels.channels import (
 )
 from pgchannels.envelopes import Envelope, websocket_bytes_message, websocket_json_message
 from pgchannels.errors import InvalidChannel, InvalidMessage, UnknownPosition
+from pgchannels.filters import Filter
 from pgchannels.messages import (
     ATTACHMENTS,
     BEGINNING,
@@ -35,6 +36,7 @@ from pgchannels.messages import (
     Message,
     Position,
     check_ttl,
+    parse_start,
 )
 from pgchannels.payloads import DEFAULT, Serializer, encode_payload
 from pgchannels.records import (
@@ -60,6 +62,10 @@ MAX_RECIPIENTS = 1000
 MAX_KEY_LENGTH = 200
 MAX_HEADERS_SIZE = 8192
 MAX_METADATA_SIZE = 8192
+
+_MAX_ID = 2**63 - 1
+# Pages of the log that one call looks through for what a filter wants.
+_MAX_FILTERED_PAGES = 10
 
 
 class ChannelLayer(ABC):
@@ -287,6 +293,8 @@ class ChannelLayer(ABC):
         self,
         *channels: str,
         after: Position | str | None = None,
+        since: datetime | None = None,
+        filter: str | None = None,
         member: str | None = None,
     ) -> Stream:
         """Read channels: everything after a position, then live. See :class:`Stream`.
@@ -294,13 +302,22 @@ class ChannelLayer(ABC):
         Args:
             channels: any number; ``Stream.join`` adds more.
             after: a message's position; ``"0"`` for all that is retained; None for from now on.
+            since: instead, a time with time zone: everything that came into the log then or later,
+                by the database's clock. Nothing is missed that was published at that time or after
+                it; what was published before it and committed later comes too. A time that is still
+                to come means from now on.
+            filter: only messages whose payloads match, of all channels that are read, ephemeral
+                ones too; see :class:`~pgchannels.filters.Filter`. The others are left out here, and
+                take no place in the stream's buffer.
             member: a channel of this layer's :meth:`new_channel`, to be read as: the stream also
                 has what is sent to it, alone or among others, to its user, to everyone, and to the
                 groups that it is a member of, whoever has added it; and lacks what excludes it.
 
         Raises:
-            InvalidChannel, InvalidPosition: at once.
+            InvalidChannel, InvalidPosition, InvalidFilter: at once.
+            ValueError: at once, for both *after* and *since*, or a time without time zone.
             UnknownPosition: on entering, for a position that this log has never reached.
+            DatabaseUnavailable: on entering, if that, or what was when, cannot be looked up.
         """
 
     @abstractmethod
@@ -331,20 +348,30 @@ class ChannelLayer(ABC):
         *,
         after: Position | str | None = None,
         before: Position | str | None = None,
+        since: datetime | None = None,
+        filter: str | None = None,
         order: Literal["asc", "desc"] = "asc",
         limit: int = 50,
     ) -> HistoryPage:
         """Read a page of what a channel retains.
 
+        For what a filter wants, one call looks through ten thousand messages at most, fewer if they
+        are large (ten times ``page_bytes``). It returns what it has found by then, which may be
+        nothing, and where to go on: there is no more only where ``next`` is None.
+
         Args:
             channel: one channel.
             after: messages after this position only.
             before: messages before this position only.
+            since: a time with time zone instead of *after*, see :meth:`subscribe`. Oldest first,
+                the next page is *after* what ``next`` says, instead; newest first it is *before*
+                that, and *since* stays.
+            filter: only messages whose payloads match, see :class:`~pgchannels.filters.Filter`.
             order: ``"asc"``, oldest first, or ``"desc"``, newest first.
             limit: 1 to 1000 messages; fewer come if they are very large.
 
         Raises:
-            InvalidChannel, InvalidPosition, ValueError: for bad arguments.
+            InvalidChannel, InvalidPosition, InvalidFilter, ValueError: for bad arguments.
             UnknownPosition: a position that this log has never reached.
         """
         check_channel(channel)
@@ -352,25 +379,63 @@ class ChannelLayer(ABC):
             raise ValueError(f"order must be 'asc' or 'desc', not {order!r}")
         if not 1 <= limit <= MAX_HISTORY:
             raise ValueError(f"limit must be 1 to {MAX_HISTORY}, not {limit}")
-        low = BEGINNING if after is None else Position.parse(after)
+        start = parse_start(after, since)
         high = None if before is None else Position.parse(before)
-        end = 2**63 - 1 if high is None else high.id
-        # One more than asked for tells whether there is a next page.
-        page = await self._read_history(
-            channel, after=low.id, before=end, newest_first=order == "desc", limit=limit + 1
+        wanted = None if filter is None else Filter.parse(filter)
+        if isinstance(start, datetime):
+            start = await self._position_before(start)
+        return await self._page(
+            channel, start or BEGINNING, high, wanted, newest_first=order == "desc", limit=limit
         )
-        for position in (low, high):
-            _check_known(position, page.head)
-        messages = [message for message in page.messages if message.id < end]
-        more = page.full and len(messages) == len(page.messages)
-        messages = messages[:limit]
-        return HistoryPage(
-            messages=messages,
-            next=messages[-1].position if more and messages else None,
-            position=Position(page.head.epoch, page.head.id),
-            truncated=(low != BEGINNING and low.id < page.head.floor)
-            or (high not in (None, BEGINNING) and end <= page.head.floor),
-        )
+
+    async def _page(
+        self,
+        channel: str,
+        low: Position,
+        high: Position | None,
+        wanted: Filter | None,
+        *,
+        newest_first: bool,
+        limit: int,
+    ) -> HistoryPage:
+        """What is wanted between two positions, of a bounded number of pages of the log."""
+        messages: list[Message] = []
+        end: Position | None = None
+        truncated = False
+        pages = 1 if wanted is None else _MAX_FILTERED_PAGES
+        size = limit + 1  # one more than asked for tells whether there is a next page
+        while True:
+            before = _MAX_ID if high is None else high.id
+            page = await self._read_history(
+                channel, after=low.id, before=before, newest_first=newest_first, limit=size
+            )
+            head = page.head
+            for position in (low, high):
+                _check_known(position, head)
+            truncated = (
+                truncated
+                or (low != BEGINNING and low.id < head.floor)
+                or (high not in (None, BEGINNING) and before <= head.floor)
+            )
+            if end is None or not newest_first:
+                end = Position(head.epoch, head.id)  # what comes after it has not been looked at
+            between = [message for message in page.messages if message.id < before]
+            messages += [m for m in between if wanted is None or wanted.matches(m)]
+            following = None
+            if len(messages) > limit:
+                following = messages[limit - 1].position
+            elif page.full and len(between) == len(page.messages):
+                following = between[-1].position
+            pages -= 1
+            if (
+                following is None
+                or not pages
+                or len(messages) >= limit
+                or sum(message.size for message in messages) >= self.settings.page_bytes
+            ):
+                return HistoryPage(messages[:limit], following, end, truncated)
+            low, high = (low, following) if newest_first else (following, high)
+            size = MAX_HISTORY
 
     # Channels and groups
 
@@ -479,6 +544,10 @@ class ChannelLayer(ABC):
         self, channel: str, *, after: int, before: int, newest_first: bool, limit: int
     ) -> LogPage:
         """Messages of *channel* with ids above *after* and below *before*."""
+
+    @abstractmethod
+    async def _position_before(self, time: datetime) -> Position:
+        """How far the log had come before *time*, which is in UTC; id 0 if that is not known."""
 
     @abstractmethod
     async def _change_membership(

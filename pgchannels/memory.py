@@ -102,12 +102,16 @@ class MemoryLayer(ChannelLayer):
         self,
         *channels: str,
         after: Position | str | None = None,
+        since: datetime | None = None,
+        filter: str | None = None,
         member: str | None = None,
     ) -> Stream:
         node = self._opened
         return Stream(
             channels,
             after,
+            since=since,
+            filter=filter,
             source=node,
             settings=self.settings,
             streams=node.streams,
@@ -197,6 +201,8 @@ class MemoryLayer(ChannelLayer):
         self, channel: str, *, after: int, before: int, newest_first: bool, limit: int
     ) -> LogPage:
         self._opened.check_open()
+        # A loop that reads must let others have their turn.
+        await asyncio.sleep(0)
         return self.log.read(
             [channel],
             after,
@@ -205,6 +211,9 @@ class MemoryLayer(ChannelLayer):
             limit=limit,
             settings=self.settings,
         )
+
+    async def _position_before(self, time: datetime) -> Position:
+        return await self._opened.position_before(time)
 
     async def _change_membership(
         self, group: str, channel: str, *, adding: bool, presence: PresenceBy | None
@@ -331,6 +340,9 @@ class _Node:
 
     async def head(self) -> Head:
         return self._log.head
+
+    async def position_before(self, time: datetime) -> Position:
+        return self._log.position_before(time)
 
     async def replay(self, channels: tuple[str, ...], after: int) -> LogPage:
         # Who reads a long backlog must let others have their turn.

@@ -7,13 +7,14 @@ passes when somebody looks: what is over by then is removed before anything else
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from heapq import heappop, heappush, merge
 from itertools import count
+from operator import itemgetter
 from typing import Protocol
 from uuid import UUID
 
@@ -21,7 +22,7 @@ from pgchannels.channels import DIRECT, is_connection
 from pgchannels.errors import ChannelFull
 from pgchannels.member import Member
 from pgchannels.memory_members import Members
-from pgchannels.messages import Message
+from pgchannels.messages import Message, Position
 from pgchannels.payloads import DEFAULT, Serializer
 from pgchannels.records import Head, LogPage, Outgoing, PresenceBy, Receipt
 from pgchannels.settings import Settings
@@ -98,6 +99,7 @@ class MemoryLog:
         """That of the layer that was opened last."""
         self.head_id = 0
         self._floor = 0
+        self._floor_at: datetime | None = None
         self._messages: dict[int, Message] = {}
         self._ages: deque[tuple[datetime, int]] = deque()
         self._ids: dict[str, list[int]] = {}
@@ -134,7 +136,7 @@ class MemoryLog:
         while (
             self._ages and self.retention is not None and now - self._ages[0][0] >= self.retention
         ):
-            self._floor = self._ages.popleft()[1]
+            self._floor_at, self._floor = self._ages.popleft()
             self._drop(self._floor)
         self.members.settle()
         return now
@@ -195,6 +197,15 @@ class MemoryLog:
             found.append(self._messages[id])
             size += found[-1].size
         return LogPage(found, self.head, full=len(found) == limit)
+
+    def position_before(self, time: datetime) -> Position:
+        """The last message from before *time*; id 0 if none is known."""
+        self.advance()
+        place = bisect_left(self._ages, time, key=itemgetter(0))
+        if place:
+            return Position(EPOCH, self._ages[place - 1][1])
+        is_known = self._floor_at is not None and self._floor_at < time
+        return Position(EPOCH, self._floor if is_known else 0)
 
     def count(self, channels: Iterable[str], after: int) -> int:
         """How many messages there are of some channels after an id."""

@@ -20,7 +20,7 @@ from pgchannels.channels import DIRECT
 from pgchannels.errors import InvalidMessage, InvalidPayload, InvalidPosition, PGChannelsError
 from pgchannels.payloads import DEFAULT, Serializer, attach, encode_payload
 
-__all__ = ["BEGINNING", "Message", "Position", "check_ttl"]
+__all__ = ["BEGINNING", "Message", "Position", "check_ttl", "parse_start"]
 
 _POSITION = re.compile(r"([1-9][0-9]{0,8})-(0|[1-9][0-9]{0,18})", re.ASCII)
 _MAX_ID = 2**63 - 1
@@ -86,7 +86,29 @@ class Position(NamedTuple):
 BEGINNING = Position(0, 0)
 
 
+def parse_start(after: Position | str | None, since: datetime | None) -> Position | datetime | None:
+    """Where a reader is to begin: after a position, or at a time, which comes in UTC.
+
+    Raises:
+        InvalidPosition: for a text that is none.
+        ValueError: both are given, or *since* has no time zone.
+    """
+    if since is None:
+        return None if after is None else Position.parse(after)
+    if after is not None:
+        raise ValueError("a reader begins either after= a position or since= a time, not both")
+    given: object = since  # it may come from anywhere
+    if not isinstance(given, datetime) or given.utcoffset() is None:
+        raise ValueError(f"since must be a datetime with a time zone, not {given!r}")
+    try:
+        return given.astimezone(UTC)
+    except OverflowError as error:  # the first hours of the year 1, the last ones of 9999
+        raise ValueError(f"since is out of range: {given}") from error
+
+
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+_UNREAD: dict[str, Any] = {}
 
 
 class Message(Mapping[str, Any]):
@@ -102,6 +124,7 @@ class Message(Mapping[str, Any]):
     __slots__ = (
         "_attachments",
         "_data",
+        "_document",
         "_envelope",
         "_headers",
         "_headers_text",
@@ -150,6 +173,7 @@ class Message(Mapping[str, Any]):
         self._headers: Mapping[str, str] | None = None
         self._recipients: frozenset[str] | None = None
         self._data: dict[str, Any] | None = None
+        self._document: dict[str, Any] | None = _UNREAD
         self._envelope: str | None = None
 
     @property
@@ -175,6 +199,21 @@ class Message(Mapping[str, Any]):
                 attach(data, self.pointers, self._attachments)
             self._data = data
         return data
+
+    @property
+    def document(self) -> dict[str, Any] | None:
+        """The payload as the JSON that it is, whatever the serialiser: null where bytes belong.
+
+        Parsed on first use and then shared, with :attr:`data` too where that is the same: do not
+        change it. None if it cannot be parsed.
+        """
+        if self._document is _UNREAD:
+            is_data = self._serializer is DEFAULT and not self._attachments
+            try:
+                self._document = self.data if is_data else orjson.loads(self.payload)
+            except ValueError:
+                self._document = None
+        return self._document
 
     @property
     def type(self) -> str | None:

@@ -21,6 +21,7 @@ from pgchannels.pruner import Pruner
 from pgchannels.publisher import Publisher
 from pgchannels.receivers import Receivers
 from pgchannels.sequencer import Sequencer
+from pgchannels.snapshots import Snapshots
 from pgchannels.store import Session, Store
 from pgchannels.stream import Stream
 
@@ -69,6 +70,9 @@ class Node:
         # It works only now and then, and keeps the lease in between.
         pruning_time = max(settings.lease_time, 2 * settings.prune_interval)
         self._pruner = Pruner(settings, pruning, Lease(pruning, "pruner", id, pruning_time))
+        self.snapshots = Snapshots(
+            settings, Session(settings, "snapshots"), sealed=self.hub.reached
+        )
         self.publisher = Publisher(settings, self.store, self._sequencer.wake)
         self.receivers = Receivers(
             settings,
@@ -102,15 +106,17 @@ class Node:
         except BaseException:
             await self.stop()
             raise
-        for name, run in (
-            ("listener", self.listener.run),
-            ("hub", self.hub.run),
-            ("sequencer", self._sequencer.run),
-            ("pruner", self._pruner.run),
-            ("members", self.members.run),
-            ("receivers", self.receivers.run),
-            ("ephemeral", self._ephemeral.run),
-        ):
+        services: dict[str, Callable[[], Awaitable[None]]] = {
+            "listener": self.listener.run,
+            "hub": self.hub.run,
+            "sequencer": self._sequencer.run,
+            "members": self.members.run,
+            "receivers": self.receivers.run,
+            "ephemeral": self._ephemeral.run,
+        }
+        if self.store.is_maintainer:
+            services["pruner"] = self._pruner.run
+        for name, run in services.items():
             self._tasks[name] = asyncio.create_task(
                 _supervise(name, run), name=f"pgchannels {name}"
             )
@@ -131,7 +137,10 @@ class Node:
         for stream in list(self.streams):
             stream.close(ChannelLayerClosed("the channel layer has been closed"))
         await asyncio.gather(
-            self._sequencer.close(), self._pruner.close(), self.receivers.disconnect()
+            self._sequencer.close(),
+            self._pruner.close(),
+            self.receivers.disconnect(),
+            self.snapshots.close(),
         )
         await self.store.close()
         await self.hub.close()
@@ -150,7 +159,9 @@ class Node:
             logger.debug("the event loop is closed; another node will sequence")
 
     def _hint(self, payload: str) -> None:
-        if not self._ephemeral.hint(payload):
+        if not payload:
+            self._sequencer.asked()
+        elif not self._ephemeral.hint(payload):
             self.hub.hint(payload)
 
     def _end_streams_after(self, reached: Position) -> None:

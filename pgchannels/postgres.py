@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping
+from datetime import datetime
+from functools import partial
 from typing import Any
 
 from pgchannels.channels import check_channel
@@ -102,12 +104,16 @@ class PostgresLayer(ChannelLayer):
         self,
         *channels: str,
         after: Position | str | None = None,
+        since: datetime | None = None,
+        filter: str | None = None,
         member: str | None = None,
     ) -> Stream:
         node = self._opened
         return Stream(
             channels,
             after,
+            since=since,
+            filter=filter,
             source=node.hub,
             settings=self.settings,
             streams=node.streams,
@@ -131,6 +137,40 @@ class PostgresLayer(ChannelLayer):
             settings=self.settings,
             followers=node.followers,
         )
+
+    async def snapshot(self, transaction: Any) -> Position:
+        """Let *transaction* see the database as of now, and return the position that fits.
+
+        What it reads from then on is the state after every message up to the position, and before
+        every later one. So who is given the state, and then what is published after the position,
+        misses nothing and gets nothing twice::
+
+            async with sessions.begin() as session:
+                position = await layer.snapshot(session)
+                orders = (await session.scalars(select(Order))).all()
+            async with layer.subscribe("orders", after=position) as messages: ...
+
+        The transaction runs in REPEATABLE READ. Before it has run a query, that can still be said,
+        whatever its engine's default is. Publishers are not held up; what they have committed
+        reaches readers a few round trips later.
+
+        Args:
+            transaction: a SQLAlchemy ``AsyncSession``, ``AsyncConnection``, ``Session`` or
+                ``Connection``, or an asyncpg connection in a transaction; of this layer's database.
+                A synchronous one blocks the event loop for two statements.
+
+        Raises:
+            ConfigurationError: it has run a query, or is none of these.
+            DatabaseUnavailable, DatabaseError: roll the transaction back.
+            ChannelLayerClosed: the layer is not open.
+        """
+        # SQLAlchemy's ORM, which a process without it need not load.
+        from pgchannels.transactions import adopt_snapshot, begin_repeatable_read
+
+        snapshots, schema = self._opened.snapshots, self.settings.schema_name
+        # Connects and begins, so that nothing is held while that takes its time.
+        await begin_repeatable_read(transaction, schema)
+        return await snapshots.take(partial(adopt_snapshot, transaction, schema))
 
     async def followers(self) -> list[FollowerStatus]:
         return await follower_statuses(self._opened.store)
@@ -199,6 +239,9 @@ class PostgresLayer(ChannelLayer):
         if newest_first:
             return await store.read_backwards(channel, before, after, limit)
         return await store.read_channels([channel], after, limit=limit)
+
+    async def _position_before(self, time: datetime) -> Position:
+        return await self._opened.hub.position_before(time)
 
     async def _change_membership(
         self, group: str, channel: str, *, adding: bool, presence: PresenceBy | None

@@ -78,7 +78,8 @@ class HistoryPage:
 
     messages: list[Message]
     next: Position | None
-    """Where more begins: ``after=`` it, or ``before=`` it if newest first. None: no more."""
+    """Where more begins: ``after=`` it, or ``before=`` it if newest first. None: no more. With a
+    filter there may be more though this page is empty."""
     position: Position
     """The end of the log when this was read. To go on live from the newest page without a gap or a
     repeat, subscribe after this."""

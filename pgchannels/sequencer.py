@@ -2,7 +2,8 @@
 
 Every node runs one. Each batch is exclusive by a lock inside ``seal()``, so any number of them may
 be at it. A node's sequencer works when its own process has published; the one that holds the lease
-also looks often, for publishers that are no nodes (psql, Celery, another language).
+also looks often, and when it is asked to, for publishers that are no nodes (psql, Celery, another
+language).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["Sequencer"]
 
 logger = logging.getLogger("pgchannels.sequencer")
+
+# Seconds to rest after having been asked to look, in vain.
+_AFTER_VAIN_LOOK = 0.05
 
 
 class Sequencer:
@@ -50,6 +54,10 @@ class Sequencer:
         self._session = session
         self._lease = lease
         self._wakeup = asyncio.Event()
+        self._polls = False
+        self._asked = False
+        # While it looks, and rests after a look in vain, whoever asks must wait.
+        self._resting = False
 
     async def open(self) -> None:
         """Try the connection, so that a URL which nothing can come of is found at the start."""
@@ -62,27 +70,51 @@ class Sequencer:
         """Something was published. From the event loop's thread only."""
         self._wakeup.set()
 
+    def asked(self) -> None:
+        """Somebody says that something was published. From the event loop's thread only.
+
+        Anyone can say so. Only the one that polls looks, and after a look in vain it first rests:
+        a flood of this costs no more than polling every 50 ms does.
+        """
+        if self._polls:
+            self._asked = True
+            if not self._resting:
+                self._wakeup.set()
+
     async def run(self) -> None:
         """Seal whenever woken, and by the clock."""
         backoff = Backoff()
         while True:
             try:
-                polls = await self._lease.held()
+                self._polls = await self._lease.held()
                 # The others look now and then, lest all wait for a lease to run out whose holder
                 # has died.
                 settings = self._settings
-                await set_within(
-                    self._wakeup,
-                    settings.outbox_poll_interval if polls else settings.poll_interval,
+                await self._woken_within(
+                    settings.outbox_poll_interval if self._polls else settings.poll_interval
                 )
                 self._wakeup.clear()
-                await self.run_once()
+                asked, self._asked = self._asked, False
+                self._resting = True
+                moved = await self.run_once()
+                self._resting = asked and not moved
                 backoff.reset()
             except DatabaseError as error:
                 delay = backoff.next()
                 logger.log(error.level, "cannot sequence, retry in %.1f s: %s", delay, error)
                 await asyncio.sleep(delay)
                 self._wakeup.set()
+
+    async def _woken_within(self, seconds: float) -> None:
+        """Wait for a reason to look, or for so many seconds."""
+        if self._resting:
+            # What is asked meanwhile is not lost, only late. What this process publishes is not.
+            rest = min(_AFTER_VAIN_LOOK, seconds)
+            await set_within(self._wakeup, rest)
+            self._resting = False
+            seconds -= rest
+        if not self._asked:
+            await set_within(self._wakeup, seconds)
 
     async def run_once(self) -> int:
         """Seal until the outbox has been emptied; return how many messages were moved."""

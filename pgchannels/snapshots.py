@@ -15,7 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from pgchannels.errors import DatabaseError
+from pgchannels.errors import DatabaseError, DatabaseUnavailable
 from pgchannels.messages import Position
 
 if TYPE_CHECKING:
@@ -96,7 +96,10 @@ class Snapshots:
             position = Position(epoch, head)
         # The reader has adopted it: it outlives the transaction that it was exported from.
         await session.execute("commit")
-        await session.fetch("let_sequencer_go")
+        ((was_held, *_),) = await session.fetch("let_sequencer_go")
+        if not was_held:
+            # This is another connection than the one that has sealed, so nothing was committed.
+            raise DatabaseUnavailable("the connection was lost that a snapshot was made on")
         if sealed:
             self._sealed(head)
             await session.notify(self._settings.schema_name, str(head))

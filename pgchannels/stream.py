@@ -6,13 +6,15 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
+from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from pgchannels.backoff import Backoff
 from pgchannels.channels import check_channel
 from pgchannels.errors import ChannelLayerClosed, DatabaseUnavailable, UnknownPosition
-from pgchannels.messages import BEGINNING, Message, Position
+from pgchannels.filters import Filter
+from pgchannels.messages import BEGINNING, Message, Position, parse_start
 from pgchannels.records import Head, LogPage
 from pgchannels.subscription import Read, State, Subscription
 
@@ -49,6 +51,10 @@ class Source(Protocol):
 
     async def head(self) -> Head: ...
 
+    async def position_before(self, time: datetime) -> Position:
+        """How far the log had come before *time*, by its own clock; id 0 if that is not known."""
+        ...
+
     async def replay(self, channels: tuple[str, ...], after: int) -> LogPage:
         """A page of the log: messages of *channels* with ids above *after*, oldest first."""
         ...
@@ -56,6 +62,9 @@ class Source(Protocol):
 
 # Ephemeral messages that may wait; more are dropped.
 _MAX_EPHEMERAL = 100
+# Messages that are filtered before the event loop gets a turn: a fraction of a millisecond, if they
+# are small. Many streams may be reading a long backlog at once.
+_FILTERED_AT_A_TIME = 100
 
 
 class Stream:
@@ -80,13 +89,16 @@ class Stream:
         channels: tuple[str, ...],
         after: Position | str | None,
         *,
+        since: datetime | None = None,
+        filter: str | None = None,
         source: Source,
         settings: Settings,
         streams: set[Stream],
         member: Member | None = None,
     ) -> None:
         self._initial = tuple(check_channel(channel) for channel in channels)
-        self._after = None if after is None else Position.parse(after)
+        self._beginning = parse_start(after, since)
+        self._filter = None if filter is None else Filter.parse(filter)
         self._source = source
         self._streams = streams
         self._member = member
@@ -142,10 +154,11 @@ class Stream:
         self._streams.add(self)
         member = self._member
         try:
-            await self._add(self._initial, self._after)
+            start = await self._start(self._beginning)
+            self._add(self._initial, start)
             if member is not None:
                 member.streams.add(self)
-                await self._add(tuple(member.inherited), self._after)
+                self._add(tuple(member.inherited), start)
                 for group, since in member.groups.items():
                     self.follow_group(group, since)
         except BaseException:
@@ -176,7 +189,7 @@ class Stream:
         self._asked_for.add(check_channel(channel))
         if after is None and self.reads(channel):
             return
-        await self._add((channel,), None if after is None else Position.parse(after))
+        self._add((channel,), await self._start(parse_start(after, None)))
 
     def reads(self, channel: str) -> bool:
         """Whether *channel* is one of those that are read."""
@@ -221,7 +234,8 @@ class Stream:
         self._check_entered()
         if self._member is None:
             raise RuntimeError("only a stream that was subscribed with member= can resume")
-        await self._add(tuple(self._member.inherited), Position.parse(after))
+        start = await self._start(Position.parse(after))
+        self._add(tuple(self._member.inherited), start)
 
     def close(self, error: BaseException | None = None) -> None:
         """Let go of everything. A task that waits here gets *error*, or the end."""
@@ -236,6 +250,8 @@ class Stream:
 
     def offer(self, message: Message) -> None:
         """For the source: here is a message of one of the channels."""
+        if self._filter is not None and not self._filter.matches(message):
+            return
         if message.is_plain:
             if self._subscription.offer(message):
                 self._wake()
@@ -303,8 +319,7 @@ class Stream:
         if not self._entered:
             raise RuntimeError("enter the stream first: async with layer.subscribe(…) as messages")
 
-    async def _add(self, channels: tuple[str, ...], after: Position | None) -> None:
-        start = None if after is None else await self._start(after)
+    def _add(self, channels: tuple[str, ...], start: int | None) -> None:
         if self._closed:
             raise ChannelLayerClosed("the stream has been closed")
         for channel in channels:
@@ -325,13 +340,18 @@ class Stream:
         self._ephemeral.append(message)
         return True
 
-    async def _start(self, after: Position) -> int:
-        if after == BEGINNING:
+    async def _start(self, beginning: Position | datetime | None) -> int | None:
+        """The id after which to begin; None for from now on."""
+        if beginning is None:
+            return None
+        if isinstance(beginning, datetime):
+            return (await self._source.position_before(beginning)).id
+        if beginning == BEGINNING:
             return -1
         head = await self._source.head()
-        if after.epoch != head.epoch or after.id > head.id:
-            raise UnknownPosition(after)
-        return after.id
+        if beginning.epoch != head.epoch or beginning.id > head.id:
+            raise UnknownPosition(beginning)
+        return beginning.id
 
     async def _replay(self, read: Read) -> None:
         backoff = Backoff()
@@ -345,14 +365,26 @@ class Stream:
                 logger.info("cannot replay, retry in %.1f s: %s", delay, error)
                 await asyncio.sleep(delay)
             else:
+                messages = [message for message in page.messages if message.is_for(self._name)]
+                if self._filter is not None:
+                    messages = await self._filtered(messages, self._filter)
                 self._subscription.page(
                     read,
-                    [message for message in page.messages if message.is_for(self._name)],
+                    messages,
                     upto=page.upto,
                     floor=page.head.floor,
                     hub_cursor=self._source.cursor,
                 )
                 return
+
+    async def _filtered(self, messages: list[Message], wanted: Filter) -> list[Message]:
+        found: list[Message] = []
+        for start in range(0, len(messages), _FILTERED_AT_A_TIME):
+            if start:
+                await asyncio.sleep(0)
+            some = messages[start : start + _FILTERED_AT_A_TIME]
+            found += [message for message in some if wanted.matches(message)]
+        return found
 
     def _wake(self) -> None:
         if self._wakeup is not None and not self._wakeup.done():

@@ -1,9 +1,13 @@
 -- name: revision
 select version_num from pgchannels.alembic_version;
 
+-- name: works_from
+select l.works_from from pgchannels.log l;
+
 -- name: owner
--- Who owns the log, and whether we may act as that role: partitions are made and dropped by owners.
-select pg_get_userbyid(c.relowner) as owner, pg_has_role(c.relowner, 'usage') as is_ours, current_user as we
+-- Who owns the log, and whether we may act as that role: partitions are dropped by their owners.
+select pg_get_userbyid(c.relowner) as owner, pg_has_role(c.relowner, 'usage') as is_ours, current_user as we,
+       has_function_privilege('pgchannels.seal(integer)', 'execute') as is_node
   from pg_class c where c.oid = 'pgchannels.messages'::regclass;
 
 -- name: head
@@ -15,6 +19,18 @@ insert into pgchannels.outbox (channel, payload, expires_at, headers)
 select m.channel, m.payload::json, clock_timestamp() + m.ttl, m.headers::json
   from unnest($1::text[], $2::text[], $3::interval[], $4::text[]) as m(channel, payload, ttl, headers)
 returning created_at;
+
+-- name: insert_only
+-- For a role that may insert into these columns and read nothing. $3 is for all of them.
+insert into pgchannels.outbox (channel, payload, expires_at)
+select m.channel, m.payload::json, clock_timestamp() + $3::interval
+  from unnest($1::text[], $2::text[]) with ordinality m(channel, payload, place) order by m.place;
+
+-- name: insert_only_with_headers
+-- The same, with headers ($4) for all of them.
+insert into pgchannels.outbox (channel, payload, expires_at, headers)
+select m.channel, m.payload::json, clock_timestamp() + $3::interval, $4::text::json
+  from unnest($1::text[], $2::text[]) with ordinality m(channel, payload, place) order by m.place;
 
 -- name: insert_checked
 -- The same for messages with attachments (a slice of $7 each) or idempotency keys, and where
@@ -161,6 +177,13 @@ select b.head, b.epoch, b.floor, b.partitioned_to,
                order by m.id limit $2) m
   ) p on p.before < $3::bigint
  order by p.id;
+
+-- name: position_before
+-- How far the log had come before a time: to the end of the last batch that was sealed before then; 0
+-- if none is known. The times of batches grow as their ids do.
+select b.epoch, coalesce((select s.last_id from pgchannels.batches s
+                           where s.sealed_at < $1 order by s.sealed_at desc limit 1), 0) as id
+  from pgchannels.bounds b;
 
 -- name: take_lease
 -- Take or renew: true if $2 holds it now, for $3 from now on by the database's clock.
@@ -618,3 +641,22 @@ with forgotten as (
     delete from pgchannels.leases l where l.name = 'follower:' || $1
 )
 select count(*) from forgotten;
+
+-- name: hold_sequencer
+-- From here on nothing is sealed but by this session, which the server ends if it is left waiting.
+select set_config('idle_session_timeout', $1, false), set_config('idle_in_transaction_session_timeout', $1, false),
+       pg_advisory_lock(1885823848, hashtext('pgchannels.'));
+
+-- name: seal_here
+-- In a REPEATABLE READ transaction: what its snapshot shows is in the log then, and nothing else.
+select s.sealed, s.head from pgchannels.seal($1) s;
+
+-- name: export_snapshot
+select pg_export_snapshot() as snapshot, b.epoch from pgchannels.bounds b;
+
+-- name: let_sequencer_go
+select pg_advisory_unlock(1885823848, hashtext('pgchannels.')),
+       set_config('idle_session_timeout', '0', false), set_config('idle_in_transaction_session_timeout', '0', false);
+
+-- name: grant_access
+select pgchannels.grant_access($1, $2);

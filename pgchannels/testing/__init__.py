@@ -29,6 +29,7 @@ from pgchannels.testing.lifecycle import LifecycleTests
 from pgchannels.testing.presence import PresenceTests
 from pgchannels.testing.reading import HistoryTests, StreamTests
 from pgchannels.testing.receiving import CapacityTests, ReceivingTests
+from pgchannels.testing.replaying import FilterTests, SinceTests
 from pgchannels.testing.sending import KeyTests, SendingTests
 from pgchannels.testing.support import MakeLayer, settle, take, until
 
@@ -40,6 +41,8 @@ class ChannelLayerSuite(
     KeyTests,
     StreamTests,
     HistoryTests,
+    SinceTests,
+    FilterTests,
     ReceivingTests,
     CapacityTests,
     GroupTests,

@@ -150,7 +150,7 @@ class HistoryTests:
             pages = 0
             start: Position | None = None
             while start is not None or not pages:
-                edge = {} if start is None else {"after" if order == "asc" else "before": start}
+                edge: dict[str, Any] = {"after" if order == "asc" else "before": start}
                 page = await other.history("room", order=order, limit=limit, **edge)
                 assert not page.truncated
                 read += page.messages

@@ -10,17 +10,17 @@ from urllib.parse import urlencode
 import orjson
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field
+from pydantic import AwareDatetime, BaseModel, Field
 
 from pgchannels.channels import check_channel
 from pgchannels.errors import (
     ConfigurationError,
     DatabaseUnavailable,
-    InvalidChannel,
+    InvalidFilter,
     InvalidPosition,
 )
 from pgchannels.layer import MAX_HISTORY
-from pgchannels.messages import Position
+from pgchannels.messages import Position, parse_start
 
 if TYPE_CHECKING:
     from pgchannels.layer import ChannelLayer
@@ -47,7 +47,10 @@ class History(BaseModel):
     """A page of messages."""
 
     messages: list[Envelope]
-    next: str | None = Field(description="`after=` it (or `before=`, newest first) for more")
+    next: str | None = Field(
+        description="`after=` it, instead of `since=`, for more (newest first: `before=` it); "
+        "with a filter there may be more though this page is empty"
+    )
     position: str = Field(description="the end of the log; subscribe after it to go on live")
     truncated: bool = Field(description="messages that were asked for are no longer retained")
 
@@ -82,6 +85,22 @@ def channels_router(
         allowed: Annotated[Any, Depends(authorize)],
         after: Annotated[str | None, Query(description="only messages after this position")] = None,
         before: Annotated[str | None, Query(description="only messages before it")] = None,
+        since: Annotated[
+            AwareDatetime | None,
+            Query(
+                description="instead of `after`: only messages from this time on, and perhaps some "
+                "from shortly before it",
+                examples=["2026-11-20T12:00:00Z"],
+            ),
+        ] = None,
+        filter: Annotated[
+            str | None,
+            Query(
+                description="only messages whose data match: a logical expression of JSONPath "
+                "(RFC 9535) over paths and literals",
+                examples=['$.status == "paid" && $.total >= 100'],
+            ),
+        ] = None,
         order: Annotated[
             Literal["asc", "desc"], Query(description="oldest first, or newest first")
         ] = "asc",
@@ -94,10 +113,20 @@ def channels_router(
         for name, value in (("after", after), ("before", before)):
             if value is not None:
                 _check("query", name, Position.parse, value)
+        if since is not None:
+            _check("query", "since", lambda time: parse_start(after, time), since)
         try:
             page = await layer.history(
-                channel, after=after, before=before, order=order, limit=limit
+                channel,
+                after=after,
+                before=before,
+                since=since,
+                filter=filter,
+                order=order,
+                limit=limit,
             )
+        except InvalidFilter as error:
+            raise _unprocessable("query", "filter", error) from error
         except InvalidPosition as error:
             name = "after" if str(error.position) == after else "before"
             raise _unprocessable("query", name, error) from error
@@ -107,11 +136,13 @@ def channels_router(
             ) from error
         headers = {"Cache-Control": "no-store"}
         if page.next is not None:
-            cursor = {"after" if order == "asc" else "before": str(page.next)}
+            query = dict(request.query_params)
+            query["after" if order == "asc" else "before"] = str(page.next)
+            if order == "asc":
+                query.pop("since", None)
             # Relative to the request's own URL, which a proxy may have rewritten, and whose path
             # is as the client encoded it (RFC 8288, section 3.1).
-            query = urlencode({**request.query_params, **cursor})
-            headers["Link"] = f'<?{query}>; rel="next"'
+            headers["Link"] = f'<?{urlencode(query)}>; rel="next"'
         return Response(_body(page), media_type="application/json", headers=headers)
 
     return router
@@ -128,16 +159,14 @@ def _body(page: "HistoryPage") -> str:
     return f'{{"messages":[{messages}],{orjson.dumps(rest).decode()[1:]}'
 
 
-def _check(where: str, name: str, check: Callable[[str], object], value: str) -> None:
+def _check(where: str, name: str, check: Callable[[Any], object], value: object) -> None:
     try:
         check(value)
-    except (InvalidChannel, InvalidPosition) as error:
+    except ValueError as error:
         raise _unprocessable(where, name, error) from error
 
 
-def _unprocessable(
-    where: str, name: str, error: InvalidChannel | InvalidPosition
-) -> RequestValidationError:
+def _unprocessable(where: str, name: str, error: ValueError) -> RequestValidationError:
     # As FastAPI itself says it, so that clients need one way to read what was wrong.
     return RequestValidationError(
         [{"type": "value_error", "loc": (where, name), "msg": str(error), "input": None}]

@@ -104,6 +104,7 @@ class TestOpening:
 
     async def test_newer(self, database_url: str) -> None:
         execute(database_url, "update pgchannels.alembic_version set version_num = '9999'")
+        execute(database_url, "update pgchannels.log set works_from = '9999'")
         with pytest.raises(SchemaError) as raised:
             await PostgresLayer(database_url).open()
         assert (raised.value.found, raised.value.newer) == ("9999", True)

@@ -135,6 +135,63 @@ class TestHistory:
             response = await client.get(path("room"), params=query)
         assert [m["data"]["n"] for m in response.json()["messages"]] == [3, 4, 5]
 
+    @pytest.mark.parametrize("order", ["asc", "desc"])
+    async def test_since_a_time(self, layer: PostgresLayer, order: str) -> None:
+        messages = [(await fill(layer, "room", 1))[0] for _ in range(8)]
+        since = messages[3].created_at.isoformat()
+        found: list[int] = []
+        pages = 0
+        async with api(layer) as client:
+            url: str | None = f"{path('room')}?order={order}&limit=2&since={quote(since)}"
+            while url is not None:
+                response = await client.get(url)
+                assert response.status_code == 200, response.text
+                found += [message["id"] for message in response.json()["messages"]]
+                pages += 1
+                link = response.links.get("next")
+                url = None if link is None else urljoin(str(response.url), link["url"])
+                if link is not None:
+                    # Never both: after it, and instead of the time; or before it, down to the time.
+                    query = httpx2.URL(link["url"]).params
+                    assert ("after" in query, "since" in query) == (
+                        (True, False) if order == "asc" else (False, True)
+                    )
+        assert pages == 3
+        expected = [message.id for message in messages[3:]]
+        assert found == (expected if order == "asc" else expected[::-1])
+
+    async def test_since_long_ago_and_later(self, layer: PostgresLayer) -> None:
+        await fill(layer, "room", 3)
+        async with api(layer) as client:
+            for since, count in (
+                ("2000-01-01T00:00:00Z", 3),
+                ("2000-01-01T00:00:00+05:30", 3),
+                ("9999-12-31T23:59:59Z", 0),
+            ):
+                response = await client.get(path("room"), params={"since": since})
+                assert len(response.json()["messages"]) == count
+                assert response.json()["truncated"] is False
+
+    async def test_links_lead_through_what_matches(
+        self, layer: PostgresLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await fill(layer, "room", 40)
+        found: list[list[int]] = []
+        # So that a page ends before it has found anything.
+        monkeypatch.setattr("pgchannels.layer._MAX_FILTERED_PAGES", 1)
+        async with api(layer) as client:
+            text = quote("$.n == 7 || $.n >= 20 && !($['n'] != 30)")
+            url: str | None = f"{path('room')}?limit=4&filter={text}"
+            while url is not None:
+                response = await client.get(url)
+                assert response.status_code == 200, response.text
+                found.append([message["data"]["n"] for message in response.json()["messages"]])
+                link = response.links.get("next")
+                assert (link is None) == (response.json()["next"] is None)
+                url = None if link is None else urljoin(str(response.url), link["url"])
+        assert [n for page in found for n in page] == [7, 30]
+        assert [] in found
+
     async def test_payloads_pass_to_the_letter(
         self, layer: PostgresLayer, database_url: str
     ) -> None:
@@ -167,6 +224,17 @@ class TestHistory:
             ("before=1-99", ["query", "before"]),
             ("after=1-1&before=1-99", ["query", "before"]),
             ("after=1-99&before=1-1", ["query", "after"]),
+            ("since=x", ["query", "since"]),
+            ("since=", ["query", "since"]),
+            ("since=2026-11-20T12:00:00", ["query", "since"]),
+            ("since=0001-01-01T00:00:00%2B01:00", ["query", "since"]),
+            ("after=0&since=2026-11-20T12:00:00Z", ["query", "since"]),
+            ("after=1-99&since=2026-11-20T12:00:00Z", ["query", "since"]),
+            ("before=1-99&since=2026-11-20T12:00:00Z", ["query", "before"]),
+            ("filter=", ["query", "filter"]),
+            ("filter=x", ["query", "filter"]),
+            ("filter=$.a%20==", ["query", "filter"]),
+            ("filter=" + "$.a" * 200, ["query", "filter"]),
             ("order=up", ["query", "order"]),
             ("limit=0", ["query", "limit"]),
             ("limit=1001", ["query", "limit"]),
@@ -226,9 +294,14 @@ class TestHistory:
             "channel",
             "after",
             "before",
+            "since",
+            "filter",
             "order",
             "limit",
         }
+        (since,) = (p for p in operation["parameters"] if p["name"] == "since")
+        assert since["schema"]["anyOf"][0] == {"type": "string", "format": "date-time"}
+        assert since["required"] is False
         answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
         assert answer == {"$ref": "#/components/schemas/History"}
         # Every reference leads somewhere, and the example fits what is sent.

@@ -1,0 +1,37 @@
+// Publish from Node.js, by pg, in the transaction of the data.
+//
+//   npm install pg
+//   DATABASE_URL=postgresql://… node node.mjs
+//   pgchannels tail orders:7
+
+import pg from "pg";
+
+const pool = new pg.Pool({ connectionString: process.env.DATABASE_URL });
+
+async function placeOrder(customerId, total) {
+  const client = await pool.connect();
+  try {
+    await client.query("begin");
+    const { rows } = await client.query(
+      "insert into orders (customer_id, total) values ($1, $2) returning id",
+      [customerId, total],
+    );
+    await client.query("select pgchannels.publish($1, $2)", [
+      `orders:${customerId}`,
+      { type: "order.placed", id: rows[0].id, total },
+    ]);
+    await client.query("commit");
+  } catch (error) {
+    await client.query("rollback");
+    throw error;
+  } finally {
+    client.release();
+  }
+  // Only so that it is read at once, and not up to 50 ms later: nothing depends on it.
+  pool.query("notify pgchannels").catch(() => {});
+}
+
+await pool.query(`create table if not exists orders (
+  id bigint generated always as identity primary key, customer_id bigint not null, total numeric not null)`);
+await placeOrder(7, 20);
+await pool.end();

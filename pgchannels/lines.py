@@ -1,0 +1,136 @@
+"""Messages as lines of text: what the command line reads and writes."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+from collections.abc import Iterator, Mapping
+from datetime import UTC
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+
+from pgchannels.errors import InvalidPayload, PGChannelsError
+
+if TYPE_CHECKING:
+    from pgchannels.messages import Message
+
+__all__ = ["KeptText", "Line", "batches", "envelope_line", "message_line", "parse_payload"]
+
+# Of one batch: lines, and about so many bytes.
+_MAX_LINES = 1000
+_MAX_BYTES = 8 * 1024 * 1024
+# Seconds without input after which what has come is not held back any longer.
+_PAUSE = 0.1
+
+_LINE_BREAK = re.compile(r"[\r\n]+")
+# What JSON lets stand and a terminal may obey.
+_CONTROL = re.compile("[\x7f-\x9f]")
+
+
+class Line(NamedTuple):
+    """A line that is not blank."""
+
+    number: int
+    """From 1."""
+    content: bytes
+
+
+class KeptText:
+    """A serialiser that keeps the text of a payload: not every number would survive its parsing."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def dumps(self, payload: Mapping[str, Any]) -> str:
+        return self._text
+
+    def loads(self, text: str) -> dict[str, Any]:
+        loaded: dict[str, Any] = orjson.loads(text)
+        return loaded
+
+
+def parse_payload(text: str | bytes) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InvalidPayload: if it is not one.
+    """
+    try:
+        payload = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        place = f"at character {error.pos + 1}"
+        raise InvalidPayload(f"the payload is not JSON: {error.msg} {place}") from error
+    if not isinstance(payload, dict):
+        raise InvalidPayload(f"the payload must be a JSON object, not {_KINDS[type(payload)]}")
+    return payload
+
+
+_KINDS = {
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def batches(descriptor: int, *, max_line: int) -> Iterator[list[Line]]:
+    """Up to 1000 lines of a file at a time; fewer at its end, if they are long, or when it pauses.
+
+    Raises:
+        PGChannelsError: a line has more than *max_line* bytes.
+    """
+    lines: list[Line] = []
+    size = number = 0
+    rest = b""
+    ended = False
+    while not ended:
+        if lines and not _is_ready(descriptor):
+            yield lines
+            lines, size = [], 0
+        chunk = os.read(descriptor, _MAX_BYTES)
+        ended = not chunk
+        *whole, rest = (rest + chunk).split(b"\n")
+        if ended:
+            whole.append(rest)
+        for content in whole:
+            number += 1
+            if content.strip():
+                lines.append(Line(number, content))
+                size += len(content)
+            if len(lines) == _MAX_LINES or size >= _MAX_BYTES:
+                yield lines
+                lines, size = [], 0
+        if len(rest) > max_line:
+            raise PGChannelsError(f"line {number + 1} has more than {max_line} bytes")
+    if lines:
+        yield lines
+
+
+def _is_ready(descriptor: int) -> bool:
+    try:
+        return bool(select.select([descriptor], [], [], _PAUSE)[0])
+    except OSError:
+        return True  # on Windows, where only sockets can be waited for
+
+
+def message_line(message: Message) -> str:
+    """Time (UTC), position, channel and payload: for people."""
+    created_at = message.created_at.astimezone(UTC).isoformat(timespec="milliseconds")
+    line = (
+        f"{created_at[:-6]}Z  {message.position}  {message.channel}  {_one_line(message.payload)}"
+    )
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
+
+
+def envelope_line(message: Message) -> str:
+    """What clients get, as one line."""
+    return _one_line(message.envelope)
+
+
+def _one_line(json: str) -> str:
+    # Between tokens: in a string, a line break is written as an escape.
+    return _LINE_BREAK.sub(" ", json)
