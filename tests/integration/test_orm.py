@@ -10,9 +10,9 @@ import gc
 import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from decimal import Decimal
-from typing import Any, cast
+from typing import Any
 
 import psycopg
 import pytest
@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.orm import Mapped, Session, mapped_column, scoped_session, sessionmaker
+from sqlalchemy.orm import Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from pgchannels import (
@@ -42,8 +42,8 @@ from pgchannels import (
 from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.migrate import upgrade
 from pgchannels.orm import install, publish
-from pgchannels.payloads import JSONSerializer, Serializer
 from tests.support.servers import server_directory
+from tests.support.sessions import SHAPES, Log, Make, WakeCounter
 
 
 class Base(orm.DeclarativeBase):
@@ -66,47 +66,6 @@ ids = itertools.count(1)
 def order(**values: Any) -> Order:
     id = next(ids)
     return Order(**{"id": id, "name": f"order {id}", **values})
-
-
-class WakeCounter:
-    """Stands where a layer does: it has settings, a serialiser, and can be woken."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.serializer: Serializer = JSONSerializer()
-        self.woken = 0
-        self.error: Exception | None = None
-
-    def wake(self) -> None:
-        self.woken += 1
-        if self.error is not None:
-            raise self.error
-
-    @property
-    def layer(self) -> PostgresLayer:
-        return cast(PostgresLayer, self)
-
-
-class Log:
-    """What readers would get: the numbers that were published, in order."""
-
-    def __init__(self, url: str, schema: str = "pgchannels") -> None:
-        self._url = url
-        self._schema = schema
-
-    def read(self) -> list[Any]:
-        with psycopg.connect(self._url, autocommit=True) as connection:
-            connection.execute(f"select {self._schema}.seal()")
-            rows = connection.execute(
-                f"select payload->'n' from {self._schema}.messages order by id"
-            ).fetchall()
-        return [row[0] for row in rows]
-
-    def orders(self) -> int:
-        with psycopg.connect(self._url) as connection:
-            row = connection.execute("select count(*) from orders").fetchone()
-        assert row is not None
-        return int(row[0])
 
 
 @pytest.fixture
@@ -146,54 +105,6 @@ async def async_engine(engine: sa.Engine, database_url: str) -> AsyncIterator[As
 @pytest.fixture
 def log(database_url: str, engine: sa.Engine) -> Log:
     return Log(database_url)
-
-
-# Shapes of sessions. Each is a context manager that gives a function to make sessions with.
-
-Make = Callable[[], Session]
-
-
-@contextmanager
-def plain(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
-    maker = sessionmaker(engine)
-    install(maker, layer)
-    yield maker
-
-
-@contextmanager
-def without_autoflush(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
-    maker = sessionmaker(engine, autoflush=False)
-    install(maker, layer)
-    yield maker
-
-
-@contextmanager
-def subclass(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
-    class Mine(Session):
-        pass
-
-    install(Mine, layer)
-    yield lambda: Mine(engine)
-
-
-@contextmanager
-def scoped(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
-    registry = scoped_session(sessionmaker(engine))
-    install(registry, layer)
-    yield lambda: cast(Session, registry)
-    registry.remove()
-
-
-@contextmanager
-def in_a_connection(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
-    """The session works in savepoints of a transaction that is somebody else's."""
-    with engine.connect() as connection, connection.begin():
-        maker = sessionmaker(connection, join_transaction_mode="create_savepoint")
-        install(maker, layer)
-        yield maker
-
-
-SHAPES = [plain, without_autoflush, subclass, scoped, in_a_connection]
 
 
 class Stop(Exception):

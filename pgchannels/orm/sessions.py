@@ -1,60 +1,36 @@
-"""Publish from SQLAlchemy sessions: messages commit with the data, or not at all.
+"""Sessions that publish: what is added to one commits with its data, or not at all.
 
 ``publish()`` adds an entry to the session, as one adds an object. The session's own rules then do
 the hard part: a rollback, a savepoint's too, drops what was added since, and so does closing the
 session without a commit; and before a savepoint, a query or a commit there is a flush. At the flush
 the entries go into the outbox by one insert, in the session's transaction and ahead of the other
-objects. After a commit only the sequencer is woken.
+objects; at its end, by another one, the messages of models. After a commit only the sequencer is
+woken.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import (
-    ARRAY,
-    ColumnElement,
-    Insert,
-    Integer,
-    Interval,
-    LargeBinary,
-    Text,
-    bindparam,
-    case,
-    cast,
-    column,
-    event,
-    func,
-    insert,
-    select,
-    true,
-)
+from sqlalchemy import event
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
-from sqlalchemy.orm import (
-    Session,
-    SessionTransaction,
-    registry,
-    scoped_session,
-    sessionmaker,
-)
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 
 from pgchannels.channels import check_channel
 from pgchannels.errors import ConfigurationError
-from pgchannels.layer import ChannelLayer, outgoing
+from pgchannels.layer import ChannelLayer
 from pgchannels.memory import MemoryLayer
-from pgchannels.payloads import DEFAULT
-from pgchannels.records import Outgoing, flatten
-from pgchannels.schema import EncodedJSON, outbox
+from pgchannels.orm import flushes
+from pgchannels.orm.bulk import wrap_bulk_save
+from pgchannels.orm.flushes import Flush
+from pgchannels.orm.outbox import Entry, Outlet, entry_class, write
 from pgchannels.settings import Settings
 from pgchannels.transactions import check_transaction
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["install", "publish"]
 
@@ -71,23 +47,10 @@ Target: TypeAlias = (
 
 # In Session.info: its bind is one that can be published to.
 _CHECKED = "pgchannels.checked"
-# … something was published that has not been committed yet.
+# … the engine by which something was published that has not been committed yet.
 _PUBLISHED = "pgchannels.published"
 
-
-class _Installed(NamedTuple):
-    settings: Settings
-    layer: ChannelLayer | None
-
-
-_installed: WeakKeyDictionary[type[Session], _Installed] = WeakKeyDictionary()
-
-
-class Entry:
-    """What waits in a session for its flush. Mapped, so that the unit of work keeps it."""
-
-    def __init__(self, message: Outgoing) -> None:
-        self.message = message
+_outlets: WeakKeyDictionary[type[Session], Outlet] = WeakKeyDictionary()
 
 
 def install(
@@ -98,8 +61,8 @@ def install(
     Args:
         target: a ``sessionmaker`` or ``async_sessionmaker``, a ``scoped_session``, or a subclass of
             ``Session`` or ``AsyncSession``: of its later sessions.
-        layer: this process's layer, to be woken after commits. Without one, what was published is
-            found by the node that polls.
+        layer: this process's layer, to be woken after commits. In a process without one, a thread
+            with one connection tells the nodes (see :mod:`pgchannels.waker`).
         settings: which schema, and how large a message may be; the layer's by default, else from
             the environment.
 
@@ -114,12 +77,15 @@ def install(
     if settings is None:
         settings = layer.settings if layer is not None else Settings()
     # Not event.contains(): that goes by id(), which a class has from one that is no more.
-    listening = session_class in _installed
-    _installed[session_class] = _Installed(settings, layer)
+    listening = session_class in _outlets
+    _outlets[session_class] = Outlet(settings, layer)
     if not listening:
         event.listen(session_class, "before_flush", _before_flush)
+        event.listen(session_class, "after_flush", _after_flush)
+        event.listen(session_class, "after_flush_postexec", _after_flush_postexec)
         event.listen(session_class, "after_commit", _after_commit)
         event.listen(session_class, "after_transaction_end", _after_transaction_end)
+        wrap_bulk_save(session_class, _tell)
 
 
 def publish(
@@ -149,23 +115,12 @@ def publish(
             seen at the flush, before anything is written.
     """
     sync_session = _sync_session(session)
-    installed = _installation(sync_session)
-    entry_class = _entry_class(installed.settings.schema_name)
+    outlet = _outlet(sync_session)
+    entries = entry_class(outlet.settings.schema_name)
     if _CHECKED not in sync_session.info:
-        _check_bind(sync_session, entry_class)
+        _check_bind(sync_session, entries)
         sync_session.info[_CHECKED] = True
-    layer = installed.layer
-    serializer = DEFAULT if layer is None else layer.serializer
-    entry = entry_class(
-        outgoing(
-            check_channel(channel),
-            payload,
-            installed.settings,
-            serializer,
-            ttl=ttl,
-            headers=headers,
-        )
-    )
+    entry = entries(outlet.message(check_channel(channel), payload, ttl=ttl, headers=headers))
     if sync_session._flushing:  # noqa: SLF001 - what Session.add() itself asks, to warn
         # From an event inside a flush, where nothing may be added any more. What was published
         # before goes first.
@@ -199,7 +154,7 @@ def _session_class(target: Target) -> type[Session]:
 
 def _own_subclass(session_class: type[Session]) -> type[Session]:
     # Session events attach to the synchronous class, which all AsyncSessions share by default.
-    if session_class in _installed:
+    if session_class in _outlets:
         return session_class
     return type(session_class.__name__, (session_class,), {})
 
@@ -216,73 +171,18 @@ def _sync_session(session: AnySession) -> Session:
             raise ConfigurationError(f"publish() takes a SQLAlchemy session, not {session!r}")
 
 
-def _installation(session: Session) -> _Installed:
+def _outlet(session: Session) -> Outlet:
     for session_class in type(session).__mro__:
-        if installed := _installed.get(session_class):
-            return installed
+        if outlet := _outlets.get(session_class):
+            return outlet
     raise ConfigurationError(
         "this session cannot publish: call pgchannels.orm.install() with its sessionmaker first"
     )
 
 
-@cache
-def _entry_class(schema: str) -> type[Entry]:
-    mapped = type("Entry", (Entry,), {})
-    table = outbox(schema)
-    registry().map_imperatively(mapped, table, include_properties=[table.c.id])
-    return mapped
-
-
-@cache
-def _insert_statement(schema: str, *, plain: bool) -> Insert:
-    """One insert for any number of messages, in their order; the twin of the store's.
-
-    A plain one, without headers and attachments, needs no right to write these.
-    """
-    entries = (
-        func.unnest(
-            bindparam("channels", type_=ARRAY(Text)),
-            bindparam("payloads", type_=ARRAY(Text)),
-            bindparam("ttls", type_=ARRAY(Interval)),
-            bindparam("headers", type_=ARRAY(Text)),
-            bindparam("firsts", type_=ARRAY(Integer)),
-            bindparam("lasts", type_=ARRAY(Integer)),
-        )
-        .table_valued(
-            column("channel", Text),
-            column("payload", Text),
-            column("ttl", Interval),
-            column("headers", Text),
-            column("first", Integer),
-            column("last", Integer),
-        )
-        .render_derived()
-    )
-    values: dict[str, ColumnElement[Any]] = {
-        "channel": entries.c.channel,
-        "payload": cast(entries.c.payload, EncodedJSON),
-        "expires_at": func.clock_timestamp() + entries.c.ttl,
-    }
-    if plain:
-        return insert(outbox(schema)).from_select(list(values), select(*values.values()))
-    # As a column of its own: PostgreSQL takes no slice of what has just been cast.
-    all_of_them = select(
-        cast(bindparam("attachments", type_=ARRAY(LargeBinary)), ARRAY(LargeBinary)).label("each")
-    ).subquery()
-    values["headers"] = cast(entries.c.headers, EncodedJSON)
-    values["attachments"] = case(
-        (
-            entries.c.last >= entries.c.first,
-            all_of_them.c.each[entries.c.first : entries.c.last],
-        )
-    )
-    rows = select(*values.values()).select_from(entries.join(all_of_them, true()))
-    return insert(outbox(schema)).from_select(list(values), rows)
-
-
-def _check_bind(session: Session, entry_class: type[Entry]) -> None:
+def _check_bind(session: Session, entries: type[Entry]) -> None:
     try:
-        bind = session.get_bind(entry_class)
+        bind = session.get_bind(entries)
     except UnboundExecutionError as error:
         raise ConfigurationError(
             "this session has no engine that it could publish to: give it a bind of its own, not "
@@ -300,42 +200,51 @@ def _insert(session: Session, *more: Entry) -> None:
     entries = [*pending, *more]
     if not entries:
         return
-    installed = _installation(session)
-    schema = installed.settings.schema_name
-    connection = session.connection(bind_arguments={"mapper": _entry_class(schema)})
+    schema = _outlet(session).settings.schema_name
+    connection = session.connection(bind_arguments={"mapper": entry_class(schema)})
     check_transaction(connection)
-    messages = [entry.message for entry in entries]
-    plain = not any(message.headers or message.attachments for message in messages)
-    firsts, lasts, attachments = flatten(messages)
-    parameters = {
-        "channels": [message.channel for message in messages],
-        "payloads": [message.payload for message in messages],
-        "ttls": [message.ttl for message in messages],
-        "headers": [message.headers for message in messages],
-        "firsts": firsts,
-        "lasts": lasts,
-    }
-    if not plain:
-        parameters["attachments"] = attachments
-    connection.execute(_insert_statement(schema, plain=plain), parameters)
+    write(connection, schema, [entry.message for entry in entries])
     # Only now: had the insert failed, they would have to wait on, as the session's objects do.
     for entry in pending:
         session.expunge(entry)
-    session.info[_PUBLISHED] = True
+    session.info[_PUBLISHED] = connection.engine
+
+
+def _tell(session: Session, flush: Flush) -> None:
+    """Insert what the session's models have to say of *flush*, which has written its rows."""
+    outlet = _outlet(session)
+    for connection, messages in flush.messages(outlet).items():
+        # On the very connection that the rows went to, whatever else the session is bound to.
+        write(connection, outlet.settings.schema_name, messages)
+        session.info[_PUBLISHED] = connection.engine
 
 
 def _before_flush(session: Session, *_: object) -> None:
+    flushes.begin(session)
     _insert(session)
+
+
+def _after_flush(session: Session, *_: object) -> None:
+    if (flush := flushes.current(session)) is not None:
+        flush.written()
+
+
+def _after_flush_postexec(session: Session, *_: object) -> None:
+    # Still a part of the flush, which an exception fails; and what was inserted can load by now.
+    if (flush := flushes.end(session)) is not None:
+        _tell(session, flush)
 
 
 def _after_commit(session: Session) -> None:
     # SQLAlchemy calls this for a released savepoint too. An exception from here would leave the
     # session in a state that it cannot get out of, so none may leave: the commit has succeeded.
-    if session.in_nested_transaction() or not session.info.pop(_PUBLISHED, False):
+    if session.in_nested_transaction():
+        return
+    engine = session.info.pop(_PUBLISHED, None)
+    if engine is None:
         return
     try:
-        if (layer := _installation(session).layer) is not None:
-            layer.wake()
+        _outlet(session).wake(engine)
     except Exception:
         logger.exception("the sequencer could not be woken; what was published will be found")
 
@@ -344,3 +253,4 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
     # However it ended; after a rollback there is nothing to wake the sequencer for.
     if transaction.parent is None:
         session.info.pop(_PUBLISHED, None)
+        flushes.end(session)

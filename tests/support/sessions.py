@@ -1,0 +1,111 @@
+"""Sessions of every shape, and what the tests of publishing from them look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import psycopg
+import sqlalchemy as sa
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from pgchannels import PostgresLayer, Settings
+from pgchannels.orm import install
+from pgchannels.payloads import JSONSerializer, Serializer
+
+
+class WakeCounter:
+    """Stands where a layer does: it has settings, a serialiser, and can be woken."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.serializer: Serializer = JSONSerializer()
+        self.woken = 0
+        self.error: Exception | None = None
+
+    def wake(self) -> None:
+        self.woken += 1
+        if self.error is not None:
+            raise self.error
+
+    @property
+    def layer(self) -> PostgresLayer:
+        return cast(PostgresLayer, self)
+
+
+class Log:
+    """What readers would get, in order."""
+
+    def __init__(self, url: str, schema: str = "pgchannels") -> None:
+        self._url = url
+        self._schema = schema
+
+    def messages(self) -> list[tuple[str, Any]]:
+        """Channels and payloads."""
+        with psycopg.connect(self._url, autocommit=True) as connection:
+            connection.execute(f"select {self._schema}.seal()")
+            return connection.execute(
+                f"select channel, payload from {self._schema}.messages order by id"
+            ).fetchall()
+
+    def payloads(self) -> list[Any]:
+        return [payload for _, payload in self.messages()]
+
+    def read(self) -> list[Any]:
+        """The ``n`` of each payload."""
+        return [payload.get("n") for payload in self.payloads()]
+
+    def orders(self) -> int:
+        with psycopg.connect(self._url) as connection:
+            row = connection.execute("select count(*) from orders").fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+# Shapes of sessions. Each is a context manager that gives a function to make sessions with.
+
+Make = Callable[[], Session]
+
+
+@contextmanager
+def plain(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
+    maker = sessionmaker(engine)
+    install(maker, layer)
+    yield maker
+
+
+@contextmanager
+def without_autoflush(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
+    maker = sessionmaker(engine, autoflush=False)
+    install(maker, layer)
+    yield maker
+
+
+@contextmanager
+def subclass(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
+    class Mine(Session):
+        pass
+
+    install(Mine, layer)
+    yield lambda: Mine(engine)
+
+
+@contextmanager
+def scoped(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
+    registry = scoped_session(sessionmaker(engine))
+    install(registry, layer)
+    yield lambda: cast(Session, registry)
+    registry.remove()
+
+
+@contextmanager
+def in_a_connection(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
+    """The session works in savepoints of a transaction that is somebody else's."""
+    with engine.connect() as connection, connection.begin():
+        maker = sessionmaker(connection, join_transaction_mode="create_savepoint")
+        install(maker, layer)
+        yield maker
+
+
+SHAPES = [plain, without_autoflush, subclass, scoped, in_a_connection]
