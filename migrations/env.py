@@ -13,6 +13,7 @@ from alembic import context
 from sqlalchemy import Connection, text
 
 from pgchannels import migrate
+from pgchannels.revisions import migration_lock
 from pgchannels.schema import LOCK_TIMEOUT, VERSION_TABLE
 from pgchannels.settings import Settings
 
@@ -42,7 +43,7 @@ def run(connection: Connection | None, schema: str) -> None:
     with context.begin_transaction():
         # Before the version table is read: of several that start at once, the second waits here
         # and then finds nothing left to do.
-        context.execute(f"select pg_advisory_xact_lock(1885823848, hashtext('migrate {schema}'))")
+        context.execute(f"select {migration_lock(schema)}")
         # Whoever comes after it in the queue for a lock has to wait as long, so not for ever.
         context.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
         if connection is None:

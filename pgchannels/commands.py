@@ -22,7 +22,7 @@ from pgchannels.errors import ConfigurationError
 from pgchannels.postgres_follower import MAX_LAG, follower_statuses
 from pgchannels.pruner import Pruner, PruneReport
 from pgchannels.records import FollowerStatus
-from pgchannels.schema import NEEDED_REVISION, check_revision
+from pgchannels.schema import NEEDED_REVISION
 from pgchannels.settings import Settings
 from pgchannels.store import Session
 
@@ -93,15 +93,20 @@ def migrate_(
     if sql:
         typer.echo(migrate.script(settings), nl=False)
         return
+    name = f"schema {settings.schema_name!r}"
     found = migrate.current(settings)
-    if found == NEEDED_REVISION:
-        typer.echo(f"schema {settings.schema_name!r} is up to date (revision {found})")
-    elif check:
-        check_revision(settings.schema_name, found)
+    if check:
+        migrate.check(settings)
     else:
         migrate.upgrade(settings)
+    now = migrate.current(settings)
+    if now != found:
         before = "created" if found is None else f"migrated from revision {found}"
-        typer.echo(f"schema {settings.schema_name!r} {before}, now at revision {NEEDED_REVISION}")
+        typer.echo(f"{name} {before}, now at revision {now}")
+    elif now == NEEDED_REVISION:
+        typer.echo(f"{name} is up to date (revision {now})")
+    else:
+        typer.echo(f"{name} is at revision {now}, of a newer version; this one works on it, too")
 
 
 @app.command()

@@ -24,7 +24,7 @@ from sqlalchemy.pool import NullPool
 from pgchannels.backoff import Backoff
 from pgchannels.bundled import bundled
 from pgchannels.connections import connect
-from pgchannels.errors import DatabaseError
+from pgchannels.errors import DatabaseError, SchemaError
 from pgchannels.schema import NEEDED_REVISION, REVISIONS, VERSION_TABLE, check_revision
 from pgchannels.settings import Settings
 
@@ -70,8 +70,16 @@ def upgrade(settings: Settings | str, revision: str = "head") -> None:
 
 
 def downgrade(settings: Settings | str, revision: str) -> None:
-    """Migrate down; to ``"base"`` removes everything, messages included."""
+    """Migrate down; to ``"base"`` removes everything, messages included.
+
+    Raises:
+        SchemaError: only the newer version of pgchannels that has migrated it can undo that.
+        DatabaseError: PostgreSQL refused, or cannot be reached.
+    """
     resolved = _settings(settings)
+    found, _ = _found(resolved)
+    if found is not None and found not in REVISIONS:
+        raise SchemaError(resolved.schema_name, found, NEEDED_REVISION, newer=True)
     _patiently(lambda: _run_command(resolved, lambda config: command.downgrade(config, revision)))
 
 
@@ -97,7 +105,8 @@ def check(settings: Settings | str) -> None:
 
 def is_behind(settings: Settings | str) -> bool:
     """Whether ``upgrade()`` has something to do."""
-    return current(settings) != NEEDED_REVISION
+    found = current(settings)
+    return found is None or found in REVISIONS[:-1]
 
 
 def _found(settings: Settings) -> tuple[str | None, str | None]:

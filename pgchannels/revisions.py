@@ -3,6 +3,10 @@
 Beside each revision's script in ``migrations/versions`` stand two files: ``<name>.sql`` and
 ``<name>.down.sql``. Both name the schema ``pgchannels``. In the second, a line ``-- restore
 pgchannels.<routine>`` stands for the definition that the newest earlier revision gave it.
+
+``upgrade_to()`` and ``downgrade_from()`` are what our own Alembic environment runs.
+``upgrade_blocks()`` and ``downgrade_blocks()`` do the same without it, in anybody's transaction or
+script: each block is one ``DO`` statement that finds out for itself whether its turn has come.
 """
 
 from __future__ import annotations
@@ -11,13 +15,70 @@ import re
 from pathlib import Path
 
 from pgchannels.bundled import bundled
-from pgchannels.schema import REVISIONS
+from pgchannels.schema import LOCK_TIMEOUT, REVISIONS, VERSION_TABLE
 from pgchannels.sql import in_schema, statements
 
-__all__ = ["downgrade_from", "upgrade_to"]
+__all__ = [
+    "block",
+    "downgrade_blocks",
+    "downgrade_from",
+    "migration_lock",
+    "upgrade_blocks",
+    "upgrade_to",
+]
 
 _RESTORE = re.compile(r"^-- restore (pgchannels\.\w+)$", re.MULTILINE)
 _DEFINITION = re.compile(r"create (?:or replace )?(function|procedure) (pgchannels\.\w+)\(")
+
+_PATIENCE = "1 minute"
+
+# An exception block is a savepoint: what fails in it gives its locks back. The advisory lock is
+# waited for outside of it, as long as it takes: another migration holds it, and no publisher waits.
+_BLOCK = """\
+declare
+    lock_timeout_before text := current_setting('lock_timeout');
+    gives_up_at timestamptz := clock_timestamp() + interval '{patience}';
+    revision text;
+begin
+    perform {lock};
+    perform set_config('lock_timeout', '{lock_timeout}', true);
+    loop
+        begin
+{body}
+            exit;
+        exception when lock_not_available then
+            if clock_timestamp() > gives_up_at then
+                raise exception 'a table that is to change was in use all the time, for {patience}'
+                    using errcode = 'lock_not_available',
+                          hint = 'See in pg_stat_activity which transactions are open for long.';
+            end if;
+        end;
+        perform pg_sleep(random());
+    end loop;
+    perform set_config('lock_timeout', lock_timeout_before, true);
+end
+"""
+
+_READ_REVISION = """\
+            revision := null;
+            if to_regclass('{version_table}') is not null then
+                select v.version_num into revision from {version_table} v;
+            end if;
+"""
+
+# IF NOT EXISTS would ask for the right to create schemas even where one is there.
+_CREATE_SCHEMA = """\
+            if to_regnamespace('"{schema}"') is null then
+                create schema "{schema}";
+            end if;
+"""
+
+# As Alembic makes it for our own environment.
+_CREATE_VERSION_TABLE = """\
+create table if not exists {version_table} (
+    version_num varchar(32) not null,
+    constraint alembic_version_pkc primary key (version_num)
+)"""
 
 
 def upgrade_to(revision: str, schema: str) -> list[str]:
@@ -31,6 +92,113 @@ def downgrade_from(revision: str, schema: str) -> list[str]:
         lambda match: _definition(match[1], before=revision) + ";", _file(revision, ".down.sql")
     )
     return statements(in_schema(script, schema))
+
+
+def upgrade_blocks(to: str, schema: str) -> list[str]:
+    """What brings *schema* to the revision *to*, wherever it is.
+
+    Nothing, if it is there or further. It makes the schema, if need be, and its version table, as
+    our own environment does.
+    """
+    return [
+        *(
+            _guarded(revision, schema, wanted=before, then=revision)
+            for before, revision in zip((None, *REVISIONS), REVISIONS, strict=False)
+            if revision <= to
+        ),
+        _checked(f"revision is null or revision < '{to}' collate \"C\"", to, schema),
+    ]
+
+
+def downgrade_blocks(to: str | None, schema: str) -> list[str]:
+    """What brings *schema* back to the revision *to*; None: removes it, if no other is known.
+
+    Nothing, if it is there or before.
+    """
+    return [
+        *(
+            _guarded(revision, schema, wanted=revision, then=before)
+            for before, revision in reversed(list(zip((None, *REVISIONS), REVISIONS, strict=False)))
+            if to is None or revision > to
+        ),
+        _checked(f"revision > '{to or ''}' collate \"C\"", to, schema),
+    ]
+
+
+def block(body: str, schema: str) -> str:
+    """A ``DO`` statement that runs *body*, in PL/pgSQL, with the patience of a migration.
+
+    It waits for no lock longer than ``LOCK_TIMEOUT``, for others would wait behind it: it gives up
+    what it has and begins *body* again, for a minute. Outside of a transaction it is one.
+    """
+    code = _BLOCK.format(
+        lock=migration_lock(schema),
+        lock_timeout=LOCK_TIMEOUT,
+        patience=_PATIENCE,
+        body=body.rstrip(),
+    )
+    return f"do {_dollar_quoted(code, 'pgchannels')}"
+
+
+def migration_lock(schema: str) -> str:
+    """The call that lets one transaction at a time migrate *schema*."""
+    return f"pg_advisory_xact_lock(1885823848, hashtext('migrate {schema}'))"
+
+
+def _guarded(revision: str, schema: str, *, wanted: str | None, then: str | None) -> str:
+    """The step between the revisions *wanted* and *then*, which is *revision* or its undoing."""
+    table = _version_table(schema)
+    if then is None:
+        steps = [
+            *downgrade_from(revision, schema),
+            f"drop table {table}",
+            f'drop schema "{schema}"',
+        ]
+    elif wanted is None:
+        steps = [
+            _CREATE_VERSION_TABLE.format(version_table=table),
+            *upgrade_to(revision, schema),
+            f"insert into {table} (version_num) values ('{then}')",
+        ]
+    else:
+        steps = [
+            *(upgrade_to if then == revision else downgrade_from)(revision, schema),
+            f"update {table} set version_num = '{then}'",
+        ]
+    condition = "revision is null" if wanted is None else f"revision = '{wanted}'"
+    return block(
+        _READ_REVISION.format(version_table=table)
+        + f"            if {condition} then\n"
+        + (_CREATE_SCHEMA.format(schema=schema) if wanted is None else "")
+        + "".join(f"execute {_dollar_quoted(step, 'statement')};\n" for step in steps)
+        + "            end if;",
+        schema,
+    )
+
+
+def _checked(wrong: str, to: str | None, schema: str) -> str:
+    """A ``DO`` statement that raises if the condition *wrong* is true of ``revision``."""
+    return block(
+        _READ_REVISION.format(version_table=_version_table(schema))
+        + f"""\
+            if {wrong} then
+                raise exception 'schema {schema} cannot get from revision % to {to or "base"}',
+                        coalesce(revision, 'base')
+                    using errcode = 'object_not_in_prerequisite_state',
+                          hint = 'This version of pgchannels does not know the way.';
+            end if;""",
+        schema,
+    )
+
+
+def _version_table(schema: str) -> str:
+    return f'"{schema}".{VERSION_TABLE}'
+
+
+def _dollar_quoted(text: str, tag: str) -> str:
+    while f"${tag}$" in text:
+        tag += "_"
+    return f"${tag}$\n{text}\n${tag}$"
 
 
 def _definition(routine: str, *, before: str) -> str:

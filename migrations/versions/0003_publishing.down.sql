@@ -7,7 +7,7 @@ drop function pgchannels.grant_access(text, text);
 drop function pgchannels.watch(regclass, text, text[], jsonpath, text[]);
 drop function pgchannels.unwatch(regclass, text);
 drop function pgchannels.watched_change(text, text[], text[], jsonpath, jsonb, jsonb);
-drop function pgchannels.watched_channel(text[], jsonb);
+drop function pgchannels.watched_channel(text[], jsonb, boolean);
 drop function pgchannels.publish_many(text[], json[], interval);
 -- restore pgchannels.publish
 -- restore pgchannels.seal

@@ -103,8 +103,9 @@ $$;
 -- channel: as it was given; parts: literal, column, literal, column, …, literal; columns: null for
 -- all; key: of the table; condition: a jsonpath predicate, or null.
 --
--- A channel's name for a row; null if a column in it is.
-create function pgchannels.watched_channel(parts text[], changed jsonb) returns text
+-- A channel's name for a row; null if a column in it is. An invalid one is the writer's mistake if the
+-- row is new; an old row has only been in no channel.
+create function pgchannels.watched_channel(parts text[], changed jsonb, is_new boolean) returns text
 language plpgsql immutable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
@@ -114,6 +115,14 @@ begin
     for place in 2 .. cardinality(parts) by 2 loop
         name := name || (changed ->> parts[place]) || parts[place + 1];
     end loop;
+    if not pgchannels.is_channel(name) then
+        if not is_new then
+            return null;
+        end if;
+        raise exception 'invalid channel name %, of a watched row', quote_literal(left(name, 80))
+            using errcode = 'invalid_parameter_value',
+                  hint = 'A name has 1 to 200 printable characters, no white space, none of + # *.';
+    end if;
     return name;
 end
 $$;
@@ -163,11 +172,21 @@ $$;
 -- The trigger function of watched tables, once a statement, as whoever writes: a publisher.
 --
 -- The rows of an UPDATE, before and after, belong together by their key: one whose key has changed
--- is a deletion and an insertion. What moves from one channel to another is told of in both.
+-- is a deletion and an insertion. What moves from one channel to another is told of in both. Of any
+-- number of rows none are gathered but in what can spill to disk: the transition tables, the join
+-- of an UPDATE and its sort. Those of other operations come in the order in which they were written.
 create function pgchannels.publish_changes() returns trigger
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
+-- A value has one text, whoever writes: it may be part of a key, or of a channel's name.
+set timezone = 'UTC'
+set datestyle = 'ISO'
+set intervalstyle = 'postgres'
+set bytea_output = 'hex'
+set extra_float_digits = 1
 as $$
+-- The table may have a column of any name.
+#variable_conflict use_variable
 declare
     watch jsonb := tg_argv[0];
     kind text := tg_table_name || case tg_op when 'INSERT' then '.inserted' when 'UPDATE' then '.updated' else '.deleted' end;
@@ -176,6 +195,9 @@ declare
     columns text[] := case when jsonb_typeof(watch -> 'columns') = 'array'
                            then array(select jsonb_array_elements_text(watch -> 'columns')) end;
     condition jsonpath := watch ->> 'condition';
+    -- A trigger gets NULL for these, whatever their value.
+    unseen text[] := array(select a.attname::text from pg_attribute a
+                            where a.attrelid = tg_relid and a.attgenerated = 'v');
     sample jsonb;
     missing text;
 begin
@@ -195,47 +217,41 @@ begin
             using errcode = 'undefined_column', table = tg_table_name, column = missing,
                   hint = 'Watch the table anew, with the names that its columns have now.';
     end if;
+    -- OFFSET 0 keeps what is computed for a row from being computed anew wherever it is used.
     if tg_op = 'INSERT' then
         insert into pgchannels.outbox (channel, payload)
         select m.channel, m.payload
-          from (select pgchannels.watched_channel(parts, r.row) as channel, r.place,
-                       pgchannels.watched_change(kind, key, columns, condition, null, r.row) as payload
-                  from (select to_jsonb(n.*) as row, row_number() over () as place from new_rows n) r) m
-         where m.channel is not null and m.payload is not null
-         order by m.place;
+          from (select pgchannels.watched_channel(parts, c.row, true) as channel, c.payload
+                  from (select r.row, pgchannels.watched_change(kind, key, columns, condition, null, r.row) as payload
+                          from (select to_jsonb(n.*) - unseen as row from new_rows n offset 0) r offset 0) c
+                 where c.payload is not null offset 0) m
+         where m.channel is not null;
     elsif tg_op = 'DELETE' then
         insert into pgchannels.outbox (channel, payload)
-        select m.channel, m.payload
-          from (select pgchannels.watched_channel(parts, r.row) as channel, r.place,
+        select c.channel, c.payload
+          from (select pgchannels.watched_channel(parts, r.row, false) as channel,
                        pgchannels.watched_change(kind, key, columns, condition, r.row, null) as payload
-                  from (select to_jsonb(o.*) as row, row_number() over () as place from old_rows o) r) m
-         where m.channel is not null and m.payload is not null
-         order by m.place;
+                  from (select to_jsonb(o.*) - unseen as row from old_rows o offset 0) r offset 0) c
+         where c.channel is not null and c.payload is not null;
     else
         insert into pgchannels.outbox (channel, payload)
-        with before as materialized (
-            select to_jsonb(o.*) as row from old_rows o
-        ), after as materialized (
-            select to_jsonb(n.*) as row, row_number() over () as place from new_rows n
-        ), changed as (
-            select b.row as before, a.row as after, a.place,
-                   pgchannels.watched_change(
-                       case when a.row is null then tg_table_name || '.deleted'
-                            when b.row is null then tg_table_name || '.inserted' else kind end,
-                       key, columns, condition, b.row, a.row) as payload
-              from before b full join after a
-                on case when cardinality(key) = 1 then a.row -> key[1]
-                        else (select jsonb_agg(a.row -> k.name) from unnest(key) k(name)) end
-                 = case when cardinality(key) = 1 then b.row -> key[1]
-                        else (select jsonb_agg(b.row -> k.name) from unnest(key) k(name)) end
-        )
         select t.channel, c.payload
-          from changed c
-         cross join lateral (
-             select pgchannels.watched_channel(parts, c.before) as channel where c.before is not null
-             union
-             select pgchannels.watched_channel(parts, c.after) where c.after is not null) t
-         where t.channel is not null and c.payload is not null
+          from (select b.row as before, a.row as after, a.place,
+                       pgchannels.watched_change(
+                           case when a.row is null then tg_table_name || '.deleted'
+                                when b.row is null then tg_table_name || '.inserted' else kind end,
+                           key, columns, condition, b.row, a.row) as payload
+                  from (select to_jsonb(o.*) - unseen as row from old_rows o offset 0) b
+                  full join (select to_jsonb(n.*) - unseen as row, row_number() over () as place from new_rows n) a
+                    on case when cardinality(key) = 1 then a.row -> key[1]
+                            else (select jsonb_agg(a.row -> k.name) from unnest(key) k(name)) end
+                     = case when cardinality(key) = 1 then b.row -> key[1]
+                            else (select jsonb_agg(b.row -> k.name) from unnest(key) k(name)) end
+                offset 0) c
+         cross join lateral (select pgchannels.watched_channel(parts, c.before, false) as old,
+                                    pgchannels.watched_channel(parts, c.after, true) as new offset 0) m
+         cross join lateral unnest(case when m.old = m.new then array[m.new] else array[m.old, m.new] end) t(channel)
+         where c.payload is not null and t.channel is not null
          order by c.place nulls first;
     end if;
     return null;
@@ -250,6 +266,13 @@ $$;
 -- there is in no channel. "columns" are those that messages have, and that an UPDATE must change to be
 -- published at all; null for all. "condition" is a jsonpath predicate over {"new": …, "old": …}. Again
 -- for the same channel: replaces it.
+--
+-- Not seen: TRUNCATE; what is written by the name of a partition, or of a child by inheritance; what
+-- is written while session_replication_role is "replica"; the values of virtual generated columns.
+-- What one statement does to a row more than once, by foreign keys or by a trigger of the table's own
+-- that writes to it again, is not always told of in its order. Of a MERGE that inserts and updates
+-- rows of a partitioned table, PostgreSQL (16 to 18) shows wrong ones to triggers. A row must fit into
+-- jsonb.
 create function pgchannels.watch(
     relation regclass, channel text, columns text[] default null, condition jsonpath default null,
     operations text[] default '{insert,update,delete}')
@@ -263,6 +286,7 @@ declare
     parts text[] := '{""}';
     used text[];
     key text[];
+    is_deferrable boolean;
     missing text;
     operation text;
     watched text;
@@ -302,23 +326,30 @@ begin
                   hint = 'Else a value in a row could lead to any channel. Say orders:{id}, not {id}.';
     end if;
 
-    if cardinality(columns) = 0 or array_position(columns, null) is not null then
-        raise exception 'columns must be names, or null for all' using errcode = 'invalid_parameter_value';
+    if cardinality(columns) = 0 or array_ndims(columns) > 1 or exists (select from unnest(columns) c(name) where c.name is null) then
+        raise exception 'columns must be an array of names, or null for all' using errcode = 'invalid_parameter_value';
     end if;
+    if jsonb_path_query_array('{"new": {}, "old": {}}', condition, silent => true) not in ('[true]', '[false]', '[null]') then
+        raise exception 'condition % is not a predicate', quote_literal(left(condition::text, 80))
+            using errcode = 'invalid_parameter_value', hint = 'Say $.new.paid == true, not $.new.paid.';
+    end if;
+    -- Behind the columns of the key may stand those that it includes.
     key := array(select a.attname::text
                    from pg_index i cross join unnest(i.indkey) with ordinality k(number, place)
                    join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.number
-                  where i.indrelid = relation and i.indisprimary order by k.place);
+                  where i.indrelid = relation and i.indisprimary and k.place <= i.indnkeyatts order by k.place);
+    select not i.indimmediate into is_deferrable from pg_index i where i.indrelid = relation and i.indisprimary;
     used := array(select distinct u.name from (
         select p.part as name from unnest(parts) with ordinality p(part, place) where p.place % 2 = 0
         union all select c.name from unnest(columns) c(name)
         union all select k.name from unnest(key) k(name)) u);
     select u.name into missing from unnest(used) u(name)
      where not exists (select from pg_attribute a
-                        where a.attrelid = relation and a.attname = u.name and a.attnum > 0 and not a.attisdropped)
+                        where a.attrelid = relation and a.attname = u.name and a.attnum > 0 and not a.attisdropped
+                          and a.attgenerated <> 'v')
      limit 1;
     if missing is not null then
-        raise exception 'table % has no column %', relation, quote_ident(missing) using errcode = 'undefined_column';
+        raise exception 'table % has no stored column %', relation, quote_ident(missing) using errcode = 'undefined_column';
     end if;
 
     if operations is null or cardinality(operations) = 0
@@ -326,17 +357,18 @@ begin
         raise exception 'operations must be some of insert, update and delete, not %', coalesce(operations::text, 'NULL')
             using errcode = 'invalid_parameter_value';
     end if;
-    if 'update' = any (operations) and key = '{}' then
-        raise exception 'table % has no primary key', relation
+    if 'update' = any (operations) and (key = '{}' or is_deferrable) then
+        raise exception 'table % has %', relation,
+                case when is_deferrable then 'a deferrable primary key' else 'no primary key' end
             using errcode = 'object_not_in_prerequisite_state',
-                  hint = 'Without one, what a row was before an UPDATE cannot be told. Add one, or watch only insert and delete.';
+                  hint = 'Without one that holds at any time, what a row was before an UPDATE cannot be told. Add one, or watch only insert and delete.';
     end if;
 
     perform pgchannels.unwatch(relation, channel);
     foreach operation in array array(select distinct o.name from unnest(operations) o(name)) loop
         execute format(
             'create trigger %I after %s on %s referencing %s for each statement execute function pgchannels.publish_changes(%L)',
-            'pgchannels_' || left(md5(channel), 16) || '_' || operation, operation, relation,
+            'pgchannels_' || left(md5('pgchannels.' || channel), 16) || '_' || operation, operation, relation,
             case operation when 'insert' then 'new table as new_rows'
                            when 'delete' then 'old table as old_rows'
                            else 'old table as old_rows new table as new_rows' end,
@@ -435,19 +467,32 @@ begin
 end
 $$;
 
--- At the end of each migration: nothing is for everybody, and who has been given access has it to
--- what is new. A grant to a publisher is known by the right to insert, to a node by that to seal.
+-- At the end of each migration: what is new is its owner's, whoever has migrated; nothing is for
+-- everybody; and who has been given access has it to what is new. A grant to a publisher is known by
+-- the right to insert, to a node by that to seal.
 create function pgchannels.regrant() returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    log_class pg_class;
+    ownership text;
     routine regprocedure;
     given record;
 begin
-    for routine in select p.oid::regprocedure from pg_proc p
-                    where p.pronamespace = (select c.relnamespace from pg_class c where c.oid = 'pgchannels.messages'::regclass)
-    loop
+    select c.* into log_class from pg_class c where c.oid = 'pgchannels.messages'::regclass;
+    for ownership in
+        select format('alter routine %s owner to %I', p.oid::regprocedure, pg_get_userbyid(log_class.relowner))
+          from pg_proc p
+         where p.pronamespace = log_class.relnamespace and p.proowner <> log_class.relowner and p.proowner = current_user::regrole
+        union all
+        select format('alter table %s owner to %I', c.oid::regclass, pg_get_userbyid(log_class.relowner))
+          from pg_class c
+         where c.relnamespace = log_class.relnamespace and c.relowner <> log_class.relowner
+           and c.relowner = current_user::regrole and c.relkind in ('r', 'p', 'v') loop
+        execute ownership;
+    end loop;
+    for routine in select p.oid::regprocedure from pg_proc p where p.pronamespace = log_class.relnamespace loop
         execute format('revoke execute on routine %s from public', routine);
     end loop;
     for given in
@@ -530,6 +575,10 @@ begin
     -- rule). A batch that stops at its limit has not taken all that its snapshot could see, but all
     -- of the transactions before the last one it took from. It records what that one could have
     -- seen, so that the next batch begins there and does not walk over what this one has taken.
+    --
+    -- Of two transactions that changed the same row, the one that had to wait for the other comes
+    -- second, whichever began first: it went on to publish after the other had committed. So they are
+    -- ordered by their last messages.
     with due as (
         (select o.ctid, o.xid, o.id
            from unnest(in_flight) f(xid)
@@ -545,9 +594,9 @@ begin
     ), logged as (
         insert into pgchannels.messages
                (id, channel, payload, attachments, headers, size, created_at, expires_at)
-        select previous_id + row_number() over (order by xid, id),
+        select previous_id + row_number() over (order by last_id, id),
                channel, payload, attachments, headers, octet_length(payload::text), created_at, expires_at
-          from taken
+          from (select t.*, max(t.id) over (partition by t.xid) as last_id from taken t) t
     )
     insert into pgchannels.batches (last_id, snapshot, epoch)
     select previous_id + count(*),

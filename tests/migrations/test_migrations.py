@@ -7,42 +7,30 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import psycopg
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from psycopg.rows import scalar_row
 from sqlalchemy import Table
 
-from pgchannels import migrate
+from pgchannels import SchemaError, migrate
 from pgchannels.bundled import bundled
 from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.schema import NEEDED_REVISION, REVISIONS, VERSION_TABLE, followers, outbox
 from pgchannels.settings import Settings
+from tests.migrations.databases import (
+    OBJECTS,
+    column,
+    dump,
+    execute,
+    publish_and_seal,
+    run_script,
+)
 from tests.support.processes import Processes
 
 CHECKOUT = Path(__file__).parents[2]
-
-# Whatever a schema could leave behind; partitions' types and toast tables go with their tables.
-OBJECTS = """
-select 'schema ' || nspname from pg_namespace
- where nspname !~ '^pg_' and nspname not in ('information_schema', 'public')
-union all
-select c.relkind::text || ' ' || c.oid::regclass from pg_class c
-  join pg_namespace n on n.oid = c.relnamespace
- where n.nspname !~ '^pg_' and n.nspname <> 'information_schema'
-union all
-select 'function ' || p.oid::regprocedure from pg_proc p
-  join pg_namespace n on n.oid = p.pronamespace
- where n.nspname !~ '^pg_' and n.nspname <> 'information_schema'
-union all
-select 'type ' || t.oid::regtype from pg_type t
-  join pg_namespace n on n.oid = t.typnamespace
- where n.nspname !~ '^pg_' and n.nspname <> 'information_schema'
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -51,16 +39,6 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith("PGCHANNELS_"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-
-
-def execute(url: str, statement: str) -> None:
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(statement)
-
-
-def column(url: str, query: str) -> list[Any]:
-    with psycopg.connect(url, autocommit=True, row_factory=scalar_row) as connection:
-        return connection.execute(query).fetchall()
 
 
 def alembic(*arguments: str, **environment: str) -> str:
@@ -75,26 +53,6 @@ def alembic(*arguments: str, **environment: str) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def dump(server: EmbeddedPostgres, url: str) -> str:
-    """The schema of a database as DDL, without what differs from one dump to the next."""
-    text = subprocess.run(
-        [server.bin_path / "pg_dump", "--schema-only", "--no-comments", url],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    return "\n".join(
-        line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict"))
-    )
-
-
-def publish_and_seal(url: str, schema: str = "pgchannels") -> int:
-    """Try whether the schema works; the number of messages that came out."""
-    execute(url, f"select \"{schema}\".publish('room', '{{}}')")
-    (sealed,) = column(url, f'select sealed from "{schema}".seal()')
-    return int(sealed)
 
 
 class TestUpgrade:
@@ -152,6 +110,23 @@ class TestDowngrade:
         migrate.upgrade(database_url)
         assert dump(postgres, database_url) == before
 
+    def test_of_the_newest_revision_is_as_if_it_had_never_been(
+        self, database_url: str, empty_database_url: str, postgres: EmbeddedPostgres
+    ) -> None:
+        """Definitions, settings of routines and privileges, which a dump has all."""
+        execute(database_url, "create table watched (id int primary key)")
+        execute(empty_database_url, "create table watched (id int primary key)")
+        execute(database_url, "select pgchannels.watch('watched', 'room')")
+        migrate.downgrade(database_url, REVISIONS[-2])
+        migrate.upgrade(empty_database_url, REVISIONS[-2])
+        assert dump(postgres, database_url) == dump(postgres, empty_database_url)
+
+    def test_of_what_is_newer_is_refused(self, database_url: str) -> None:
+        execute(database_url, "update pgchannels.alembic_version set version_num = '9999'")
+        with pytest.raises(SchemaError) as raised:
+            migrate.downgrade(database_url, "base")
+        assert raised.value.newer
+
 
 class TestAlembic:
     def test_with_the_environment(self, empty_database_url: str) -> None:
@@ -187,13 +162,7 @@ class TestScript:
             migrate.downgrade(database_url, "base")
             migrate.upgrade(Settings(database_url=database_url, schema_name=schema))
         text = migrate.script(Settings(schema_name=schema))
-        subprocess.run(
-            [postgres.bin_path / "psql", "--quiet", "-v", "ON_ERROR_STOP=1", empty_database_url],
-            input=text,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        run_script(postgres, empty_database_url, text)
         assert dump(postgres, empty_database_url) == dump(postgres, database_url)
         settings = Settings(database_url=empty_database_url, schema_name=schema)
         assert migrate.current(settings) == NEEDED_REVISION
@@ -282,8 +251,9 @@ class TestRights:
         url = database_url.replace("postgresql://postgres@", f"postgresql://{name}@")
         execute(database_url, f"create role {name} login")
         try:
-            execute(database_url, f"grant usage on schema pgchannels to {name}")
-            execute(database_url, f"grant insert on pgchannels.outbox to {name}")
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                execute(url, "select pgchannels.publish('room', '{}')")
+            execute(database_url, f"select pgchannels.grant_access('publisher', '{name}')")
             execute(url, "select pgchannels.publish('room', '{}')")
             execute(url, "insert into pgchannels.outbox (channel, payload) values ('a', '{}')")
             with pytest.raises(psycopg.errors.InsufficientPrivilege):

@@ -1,0 +1,1 @@
+"""A sample application whose migrations bring pgchannels in."""
