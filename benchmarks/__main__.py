@@ -15,10 +15,12 @@ from benchmarks import (
     held_open,
     latency,
     members,
+    models,
     receivers,
     sockets,
     throughput,
     transactions,
+    watched,
 )
 from benchmarks.context import Context
 from benchmarks.loop import run
@@ -31,6 +33,8 @@ BENCHMARKS = {
         latency,
         throughput,
         transactions,
+        models,
+        watched,
         fanout,
         sockets,
         ceiling,

@@ -5,7 +5,11 @@ Each transaction inserts one business row, and in the variants one thing more:
 - *publish*: a row into the outbox, as :mod:`pgchannels.orm` does, beside a node that sequences.
   *Woken* stands for writers in that node's own process, which tell the sequencer of each commit, so
   that it is always at work; *polled* for writers elsewhere.
+- *watched*: nothing more, but the table is watched, so that a trigger inserts into the outbox; its
+  message is of about the same size. Polled.
 - *notify*: the same payload by ``pg_notify``, and one session that listens.
+- *lock and notify*: :mod:`benchmarks.locking_stream`, and one session that listens. All to *one
+  stream*, or spread over *1000 streams*, so that hardly any two wait for the same row.
 
 All are measured as the disk is, and with ``commit_delay`` at 2 ms, which makes each flush of the
 WAL take as long as on many a disk in the network. It is set in the database, so it holds for the
@@ -18,13 +22,15 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import asyncpg
 
-from benchmarks.arrivals import now
+from benchmarks import locking_stream
 from benchmarks.context import Benchmark, Context
 from benchmarks.figures import Figure, figure, ratio
+from benchmarks.log import all_sealed, execute, sealed
 from benchmarks.payloads import PAYLOAD_TEXT
 from benchmarks.pgbench import pgbench
 from pgchannels import PostgresLayer
@@ -34,85 +40,51 @@ __all__ = ["BENCHMARK"]
 WRITERS = 32
 SLOW_FLUSH = {"commit_delay": "2000", "commit_siblings": "0"}
 WAKE_INTERVAL = 0.001
-PATIENCE = 60.0
+STREAMS = 1000
 
 TABLE = """
-create table orders (
+create table {name} (
     id bigint generated always as identity primary key,
     customer integer not null,
     note text not null,
     created_at timestamptz not null default clock_timestamp()
-)
+);
 """
+
+SCHEMA = (
+    TABLE.format(name="orders")
+    + TABLE.format(name="watched_orders")
+    + "select pgchannels.watch('watched_orders', 'orders:{customer}');"
+    + locking_stream.SCHEMA
+)
 
 BUSINESS = """\
 \\set customer random(1, 100000)
 begin;
-insert into orders (customer, note) values (:customer, 'paid by card, to be sent tomorrow');
+insert into {table} (customer, note) values (:customer, 'paid by card, to be sent tomorrow');
 {more}
 commit;
 """
 
-SCRIPTS = {
-    "plain": BUSINESS.format(more=""),
-    "publish": BUSINESS.format(
-        more="insert into pgchannels.outbox (channel, payload, expires_at)"
-        f" values ('orders', '{PAYLOAD_TEXT}', clock_timestamp() + null::interval);"
-    ),
-    "notify": BUSINESS.format(more=f"select pg_notify('orders', '{PAYLOAD_TEXT}');"),
-}
+
+def business(more: str = "", *, table: str = "orders") -> str:
+    """The script of a transaction that inserts a business row and does *more*."""
+    return BUSINESS.format(table=table, more=more)
+
 
 Beside = Callable[[str], AbstractAsyncContextManager[None]]
 
 
-async def measure(context: Context) -> list[Figure]:
-    seconds = context.pick(2.0, 1.0)
-    async with (
-        context.server.database() as fast,
-        context.server.database(settings=SLOW_FLUSH) as slow,
-    ):
-        variants: dict[str, Callable[[], Awaitable[dict[str, float]]]] = {}
-        for flush, url in (("disk", fast), ("2 ms flush", slow)):
-            await _execute(url, TABLE)
-            for name, script, beside in (
-                ("plain", "plain", _nothing),
-                ("publish, woken", "publish", _woken_node),
-                ("publish, polled", "publish", _node),
-                ("notify", "notify", _listener),
-            ):
-                variants[f"{flush}: {name}"] = partial(
-                    _measure, context.server.bin_path, url, SCRIPTS[script], beside, seconds
-                )
-        results = await context.interleave(variants)
-    figures: list[Figure] = []
-    for flush, expected in (("disk", None), ("2 ms flush", 0.85)):
-        rates = {
-            name: figure(f"{flush}: {name}", "transactions/s", results[f"{flush}: {name}"], "rate")
-            for name in ("plain", "publish, woken", "publish, polled", "notify")
-        }
-        figures += rates.values()
-        plain = rates["plain"]
-        figures += [
-            ratio(f"{flush}: {name} / plain", rates[name], plain, at_least=at_least)
-            for name, at_least in (
-                ("publish, woken", expected),
-                ("publish, polled", expected),
-                ("notify", None),
-            )
-        ]
-    return figures
+class Variant(NamedTuple):
+    script: str
+    beside: Beside
+    """What runs meanwhile, on a database."""
 
+    sequenced: bool = False
+    """Each transaction has a message that is to come into the log."""
 
-async def _measure(
-    bin_path: Any, url: str, script: str, beside: Beside, seconds: float
-) -> dict[str, float]:
-    await _execute(url, "truncate orders")
-    async with beside(url):
-        before = await _sealed(url)
-        result = await pgbench(bin_path / "pgbench", url, script, clients=WRITERS, seconds=seconds)
-        if script is SCRIPTS["publish"]:
-            await _all_sealed(url, before + result.transactions)
-    return {"rate": result.per_second}
+    at_least: float | None = None
+    """Expected of the ratio to *plain* where a flush takes long."""
 
 
 def _nothing(_: str) -> AbstractAsyncContextManager[None]:
@@ -141,41 +113,94 @@ async def _woken_node(url: str) -> AsyncIterator[None]:
             await asyncio.gather(waking, return_exceptions=True)
 
 
-@asynccontextmanager
-async def _listener(url: str) -> AsyncIterator[None]:
-    connection = await asyncpg.connect(url)
-    try:
-        await connection.add_listener("orders", lambda *_: None)
-        yield
-    finally:
-        await connection.close()
+def _listener(channel: str) -> Beside:
+    @asynccontextmanager
+    async def listening(url: str) -> AsyncIterator[None]:
+        connection = await asyncpg.connect(url)
+        try:
+            await connection.add_listener(channel, lambda *_: None)
+            yield
+        finally:
+            await connection.close()
+
+    return listening
 
 
-async def _all_sealed(url: str, expected: int) -> None:
-    deadline = now() + PATIENCE
-    while (sealed := await _sealed(url)) != expected:
-        if sealed > expected or now() > deadline:
-            raise RuntimeError(f"{sealed} messages are in the log instead of {expected}")
-        await asyncio.sleep(0.02)
+PUBLISH = business(
+    "insert into pgchannels.outbox (channel, payload, expires_at)"
+    f" values ('orders', '{PAYLOAD_TEXT}', clock_timestamp() + null::interval);"
+)
+
+VARIANTS = {
+    "plain": Variant(business(), _nothing),
+    "publish, woken": Variant(PUBLISH, _woken_node, sequenced=True, at_least=0.85),
+    "publish, polled": Variant(PUBLISH, _node, sequenced=True, at_least=0.85),
+    "watched": Variant(business(table="watched_orders"), _node, sequenced=True),
+    "notify": Variant(
+        business(f"select pg_notify('orders', '{PAYLOAD_TEXT}');"), _listener("orders")
+    ),
+    "lock and notify, one stream": Variant(
+        business(f"select publish_to_stream('orders', '{PAYLOAD_TEXT}');"),
+        _listener(locking_stream.CHANNEL),
+    ),
+    f"lock and notify, {STREAMS} streams": Variant(
+        business(
+            f"select publish_to_stream('orders:' || :customer % {STREAMS}, '{PAYLOAD_TEXT}');"
+        ),
+        _listener(locking_stream.CHANNEL),
+    ),
+}
 
 
-async def _sealed(url: str) -> int:
-    connection = await asyncpg.connect(url)
-    try:
-        count: int = await connection.fetchval(
-            "select coalesce(max(last_id), 0) from pgchannels.batches"
+async def measure(context: Context) -> list[Figure]:
+    seconds = context.pick(2.0, 1.0)
+    async with (
+        context.server.database() as fast,
+        context.server.database(settings=SLOW_FLUSH) as slow,
+    ):
+        runs: dict[str, Callable[[], Awaitable[dict[str, float]]]] = {}
+        for flush, url in (("disk", fast), ("2 ms flush", slow)):
+            await execute(url, SCHEMA)
+            for name, variant in VARIANTS.items():
+                runs[f"{flush}: {name}"] = partial(
+                    _measure, context.server.bin_path, url, variant, seconds
+                )
+        results = await context.interleave(runs)
+    figures: list[Figure] = []
+    for flush, slow_flush in (("disk", False), ("2 ms flush", True)):
+        rates = {
+            name: figure(f"{flush}: {name}", "transactions/s", results[f"{flush}: {name}"], "rate")
+            for name in VARIANTS
+        }
+        figures += rates.values()
+        figures += [
+            ratio(
+                f"{flush}: {name} / plain",
+                rates[name],
+                rates["plain"],
+                at_least=variant.at_least if slow_flush else None,
+            )
+            for name, variant in VARIANTS.items()
+            if name != "plain"
+        ]
+        figures += [
+            ratio(f"{flush}: publish, woken / {name}", rates["publish, woken"], rates[name])
+            for name in VARIANTS
+            if "notify" in name
+        ]
+    return figures
+
+
+async def _measure(bin_path: Path, url: str, variant: Variant, seconds: float) -> dict[str, float]:
+    await execute(url, f"truncate orders, watched_orders, {locking_stream.TABLES}")
+    async with variant.beside(url):
+        before = await sealed(url)
+        result = await pgbench(
+            bin_path / "pgbench", url, variant.script, clients=WRITERS, seconds=seconds
         )
-    finally:
-        await connection.close()
-    return count
-
-
-async def _execute(url: str, statement: str) -> None:
-    connection = await asyncpg.connect(url)
-    try:
-        await connection.execute(statement)
-    finally:
-        await connection.close()
+        if variant.sequenced:
+            await all_sealed(url, before + result.transactions)
+    return {"rate": result.per_second}
 
 
 BENCHMARK = Benchmark("transactions", f"{WRITERS} writers, one business row each", measure)

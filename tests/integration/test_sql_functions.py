@@ -190,6 +190,68 @@ class TestPublish:
             connection.execute("select pgchannels.publish('room', '{}')")
 
 
+class TestPublishMany:
+    def test_keeps_their_order(self, connection: Connection) -> None:
+        payloads = [f'{{"n":  {n}}}' for n in range(100)]
+        channels = [f"room:{n % 3}" for n in range(100)]
+        count = value(
+            connection,
+            "select pgchannels.publish_many(%s::text[], %s::json[], '1 hour')",
+            channels,
+            payloads,
+        )
+        assert count == 100
+        rows = connection.execute(
+            "select array[channel, payload::text, (expires_at > now())::text]"
+            "  from pgchannels.outbox order by id"
+        ).fetchall()
+        assert rows == [[c, p, "true"] for c, p in zip(channels, payloads, strict=True)]
+
+    def test_none(self, connection: Connection) -> None:
+        assert value(connection, "select pgchannels.publish_many('{}', '{}')") == 0
+
+    def test_arrays_that_begin_elsewhere(self, connection: Connection) -> None:
+        sql = "select pgchannels.publish_many('[5:6]={a,b}', '[0:1]={1,2}'::json[])"
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match="at place 1"):
+            connection.execute(sql)
+        sql = """select pgchannels.publish_many('[5:6]={a,b}', '[0:1]={"{}","{}"}'::json[])"""
+        assert value(connection, sql) == 2
+
+    @pytest.mark.parametrize(
+        ("channels", "payloads", "complaint"),
+        [
+            (None, ["{}"], "of NULL and 1"),
+            (["a"], None, "of 1 and NULL"),
+            (["a"], [], "of 1 and 0"),
+            (["a"], ["{}", "{}"], "of 1 and 2"),
+            ([["a", "b"]], ["{}", "{}"], "takes an array of channels"),
+            (["a", "b"], [["{}", "{}"]], "takes an array of channels"),
+            (["a", "b c"], ["{}", "{}"], "invalid channel name 'b c' at place 2"),
+            (["a", None], ["{}", "{}"], "invalid channel name NULL at place 2"),
+            (["a", "pgchannels:x"], ["{}", "{}"], "invalid channel name .* at place 2"),
+            (["a", "'); drop table x; --"], ["{}", "{}"], "invalid channel name .* at place 2"),
+            (["a", "b"], ["{}", None], "invalid payload at place 2: it is NULL"),
+            (["a", "b"], ["{}", "[]"], "invalid payload at place 2: it is a JSON array"),
+            (["a", "b"], ["{}", r'{"a": "\ud800"}'], "at place 2: .* surrogate"),
+        ],
+    )
+    def test_refusals(
+        self, connection: Connection, channels: Any, payloads: Any, complaint: str
+    ) -> None:
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match=complaint):
+            connection.execute(
+                "select pgchannels.publish_many(%s::text[], %s::json[])", [channels, payloads]
+            )
+        assert value(connection, "select count(*) from pgchannels.outbox") == 0
+
+    @pytest.mark.parametrize("ttl", ["0 s", "-1 day", "1 month -30 days"])
+    def test_ttl(self, connection: Connection, ttl: str) -> None:
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match="invalid ttl"):
+            connection.execute(
+                "select pgchannels.publish_many('{a}', array['{}']::json[], %s)", [ttl]
+            )
+
+
 @pytest.mark.parametrize(
     ("channel", "payload", "error"),
     [
@@ -243,6 +305,27 @@ class TestSeal:
         connection.execute("begin isolation level repeatable read")
         with pytest.raises(psycopg.errors.InvalidTransactionState, match="REPEATABLE READ"):
             connection.execute("select pgchannels.seal()")
+
+    def test_who_waited_for_another_comes_second(
+        self, connection: Connection, database_url: str
+    ) -> None:
+        """Whichever of the two began first."""
+        connection.execute("create table rows (id int primary key, n int)")
+        connection.execute("insert into rows values (1, 0)")
+        publish = "select pgchannels.publish('rows', json_build_object('by', %s::text))"
+        change = "update rows set n = n + 1"
+        with psycopg.connect(database_url) as first, psycopg.connect(database_url) as second:
+            first.execute(publish, ["first"])  # and so gets the lower transaction id
+            second.execute(change)
+            second.execute(publish, ["second"])
+            second.commit()
+            first.execute(change)
+            first.execute(publish, ["first"])
+            first.commit()
+        connection.execute("select pgchannels.seal()")
+        assert connection.execute(
+            "select payload ->> 'by' from pgchannels.messages order by id"
+        ).fetchall() == ["second", "first", "first"]
 
     def test_an_empty_outbox_makes_no_batch(self, connection: Connection) -> None:
         assert value(connection, "select sealed from pgchannels.seal()") == 0
