@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import iscoroutinefunction
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias, cast, get_args
 
 from pydantic import BaseModel
 
@@ -69,12 +69,17 @@ def make_rule(
         if function is not None:
             _check_function(function)
     _check_extras(ttl, headers)
-    model = payload if isinstance(payload, type) and issubclass(payload, BaseModel) else None
+    model: type[BaseModel] | None = None
+    content: Content | None = None
+    if isinstance(payload, type) and issubclass(payload, BaseModel):
+        model = payload
+    elif payload is not None:
+        content = cast(Content, payload)  # type checkers disagree about what is left
     return Rule(
         targets=_targets(channel),
         on=_operations(on),
         model=model,
-        payload=None if model is not None else payload,
+        payload=content,
         changed=None if changed is None else _names(changed),
         when=when,
         ttl=ttl,
@@ -93,10 +98,10 @@ def _targets(channel: Channels) -> tuple[Template | Naming, ...]:
 
 
 def _operations(on: Operation | Sequence[Operation]) -> frozenset[Operation]:
-    given = frozenset([on] if isinstance(on, str) else on)
+    given = {on} if isinstance(on, str) else set(on)
     if not given or not given <= set(OPERATIONS):
         raise ConfigurationError(f"on= is one or more of {', '.join(OPERATIONS)}, not {on!r}")
-    return given
+    return frozenset(operation for operation in OPERATIONS if operation in given)
 
 
 def _names(changed: str | Sequence[str]) -> tuple[str, ...]:
