@@ -100,6 +100,8 @@ class Progress:
 
     def __init__(self, committed: int) -> None:
         self._saved = [committed]
+        # Those that were saved and then rolled back, and have not been saved again.
+        self._undone: set[int] = set()
         self.transaction: str | None = None
         """In which the ids after the first were saved."""
 
@@ -114,7 +116,11 @@ class Progress:
 
     def before(self, id: int) -> int | None:
         """Where the position must be to be moved to *id*; None if it has been there, for sure."""
-        return max((saved for saved in self._saved if saved < id), default=None)
+        before = max((saved for saved in self._saved if saved < id), default=None)
+        if before is None:
+            return None
+        # What is undone must be done again first. The position is not there, so nothing is skipped.
+        return max([before, *(undone for undone in self._undone if undone < id)])
 
     def covering(self, id: int) -> list[int]:
         """Where else the position may be if *id* has been acknowledged."""
@@ -123,6 +129,7 @@ class Progress:
     def commit(self, id: int) -> None:
         """The position is at *id*, and that has been committed."""
         self._saved, self.transaction = [id], None
+        self._done_again(id)
 
     def move(self, before: int, moved: Moved) -> None:
         """The position was moved from *before*, in a transaction that is still open."""
@@ -130,7 +137,12 @@ class Progress:
             kept = [saved for saved in self._saved if saved < moved.position]
         else:
             kept = [before]  # seen from another transaction, so it has been committed
+            self._undone.update(self._saved)
         self._saved, self.transaction = [*kept, moved.position], moved.transaction
+        self._done_again(moved.position)
+
+    def _done_again(self, position: int) -> None:
+        self._undone = {undone for undone in self._undone if undone > position}
 
 
 class _Term:

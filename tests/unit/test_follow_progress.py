@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pgchannels.postgres_follower import Progress
@@ -61,6 +61,9 @@ Attempt = st.tuples(
 )
 
 
+# Some were done and rolled back, and of these only the first one is done again.
+@example([(0, 2, False, False), (2, 1, True, False), (0, 1, True, False)])
+@example([(0, 3, False, False), (3, 1, True, False), (1, 1, True, False)])
 @given(st.lists(Attempt, max_size=40))
 def test_what_is_done_is_what_the_position_says(
     attempts: list[tuple[int, int, bool, bool]],
