@@ -248,7 +248,7 @@ class MemoryLog:
             outgoing.channel,
             outgoing.payload,
             self.clock(),
-            len(outgoing.payload.encode()),
+            _size(outgoing),
             EPOCH,
             outgoing.headers,
             outgoing.attachments,
@@ -405,3 +405,8 @@ def _after(ids: list[int], start: int) -> Iterator[int]:
     """Those above *start*, one by one: there may be many, and mostly only the first counts."""
     for place in range(bisect_right(ids, start), len(ids)):
         yield ids[place]
+
+
+def _size(outgoing: Outgoing) -> int:
+    size = len(outgoing.payload.encode()) + sum(map(len, outgoing.attachments))
+    return size if outgoing.headers is None else size + len(outgoing.headers.encode())

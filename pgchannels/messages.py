@@ -12,13 +12,17 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
 from pgchannels.channels import DIRECT
 from pgchannels.errors import InvalidMessage, InvalidPayload, InvalidPosition, PGChannelsError
 from pgchannels.payloads import DEFAULT, Serializer, attach, encode_payload
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
 
 __all__ = ["BEGINNING", "Message", "Position", "check_ttl", "parse_start"]
 
@@ -56,7 +60,8 @@ class Position(NamedTuple):
     """A place in the log, opaque to clients: "everything after here" is a complete answer.
 
     ``str()`` gives ``"<epoch>-<id>"``; ``"0"`` (:data:`BEGINNING`) stands for the
-    beginning of what is retained.
+    beginning of what is retained. Pydantic models write and read it as this text. Where there is
+    no model to say what it is, JSON has it as the tuple that it also is: write ``str(position)``.
     """
 
     epoch: int
@@ -81,6 +86,17 @@ class Position(NamedTuple):
         if match is None or int(match[2]) > _MAX_ID:
             raise InvalidPosition(given)
         return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        # Pydantic need not be loaded where nobody has a model.
+        from pydantic_core import core_schema
+
+        return core_schema.json_or_python_schema(
+            core_schema.no_info_after_validator_function(cls.parse, core_schema.str_schema()),
+            core_schema.no_info_plain_validator_function(cls.parse),
+            serialization=core_schema.to_string_ser_schema(),
+        )
 
 
 BEGINNING = Position(0, 0)
@@ -162,7 +178,7 @@ class Message(Mapping[str, Any]):
         self.created_at = created_at
         """When it was published, by the database's clock; with time zone."""
         self.size = size
-        """Bytes of UTF-8 in :attr:`payload`."""
+        """Bytes: of :attr:`payload` in UTF-8, of the headers, of the attachments."""
         self.epoch = epoch
         self.ephemeral = ephemeral
         self.is_plain = headers is None and not ephemeral and channel != DIRECT

@@ -2,6 +2,7 @@
 
 drop view pgchannels.watches;
 drop function pgchannels.publish_changes() cascade;
+drop function pgchannels.primary_key(regclass);
 drop function pgchannels.regrant();
 drop function pgchannels.grant_access(text, text);
 drop function pgchannels.watch(regclass, text, text[], jsonpath, text[]);
@@ -12,6 +13,11 @@ drop function pgchannels.publish_many(text[], json[], interval);
 -- restore pgchannels.publish
 -- restore pgchannels.seal
 -- restore pgchannels.seal_and_notify
+drop function pgchannels.message_size(json, json, bytea[]);
+comment on column pgchannels.messages.size is 'bytes of the payload''s text, so that a page can be bounded without reading it';
+alter table pgchannels.ephemeral drop constraint ephemeral_attachments_are_valid;
+alter table pgchannels.outbox drop constraint outbox_attachments_are_valid;
+drop function pgchannels.is_attachments(bytea[]);
 drop function pgchannels.check_message(text, json, bigint);
 drop function pgchannels.check_ttl(interval);
 alter function pgchannels.is_channel(text) reset search_path;

@@ -16,6 +16,35 @@ alter function pgchannels.is_payload(json) set search_path = pg_catalog, pg_temp
 
 alter function pgchannels.is_headers(json) set search_path = pg_catalog, pg_temp;
 
+-- What of a message pages and buffers are bounded by: bytes of the payload's text, of its headers and
+-- of its attachments.
+create function pgchannels.message_size(payload json, headers json, attachments bytea[]) returns integer
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if headers is null and attachments is null then
+        return octet_length(payload::text);
+    end if;
+    return octet_length(payload::text) + coalesce(octet_length(headers::text), 0)
+           + coalesce((select sum(octet_length(a.bytes)) from unnest(attachments) a(bytes)), 0);
+end
+$$;
+
+comment on column pgchannels.messages.size is 'message_size(), so that a page can be bounded without reading it';
+
+-- A list of bytes, of at most 16 MiB together: what every reader can put back into the payload.
+create function pgchannels.is_attachments(attachments bytea[]) returns boolean
+language plpgsql immutable strict parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return attachments = '{}'
+        or (array_ndims(attachments) = 1 and array_position(attachments, null) is null
+            and (select sum(octet_length(a.bytes)) from unnest(attachments) a(bytes)) <= 16777216);
+end
+$$;
+
 -- Raise what a publisher is to read; "place" is where in an array, null if there is none.
 create function pgchannels.check_message(channel text, payload json, place bigint default null) returns void
 language plpgsql immutable parallel safe
@@ -169,6 +198,23 @@ begin
 end
 $$;
 
+-- The columns of a table's primary key, in its order; none if it has none.
+create function pgchannels.primary_key(relation regclass, out columns text[], out is_deferrable boolean)
+language plpgsql stable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- Behind the columns of the key may stand those that it includes.
+    select array_agg(a.attname::text order by k.place), not i.indimmediate into columns, is_deferrable
+      from pg_index i cross join unnest(i.indkey) with ordinality k(number, place)
+      join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.number
+     where i.indrelid = relation and i.indisprimary and k.place <= i.indnkeyatts
+     group by i.indexrelid, i.indimmediate;
+    columns := coalesce(columns, '{}');
+    is_deferrable := coalesce(is_deferrable, false);
+end
+$$;
+
 -- The trigger function of watched tables, once a statement, as whoever writes: a publisher.
 --
 -- The rows of an UPDATE, before and after, belong together by their key: one whose key has changed
@@ -216,6 +262,17 @@ begin
         raise exception 'column % of watched table % is no more', quote_ident(missing), tg_relid::regclass
             using errcode = 'undefined_column', table = tg_table_name, column = missing,
                   hint = 'Watch the table anew, with the names that its columns have now.';
+    end if;
+    -- By another key, rows would be taken for each other, and one's values told in the other's channel.
+    if tg_op = 'UPDATE' and (select (k.columns, k.is_deferrable) is distinct from (key, false)
+                               from pgchannels.primary_key(tg_relid) k) then
+        raise exception 'the primary key of watched table % is another one now', tg_relid::regclass
+            using errcode = 'object_not_in_prerequisite_state', table = tg_table_name,
+                  hint = 'Watch the table anew.';
+    end if;
+    if tg_op = 'UPDATE' and columns is not null then
+        -- A row that moves to another channel is told of, whatever else messages show.
+        columns := columns || array(select p.part from unnest(parts) with ordinality p(part, place) where p.place % 2 = 0);
     end if;
     -- OFFSET 0 keeps what is computed for a row from being computed anew wherever it is used.
     if tg_op = 'INSERT' then
@@ -333,12 +390,7 @@ begin
         raise exception 'condition % is not a predicate', quote_literal(left(condition::text, 80))
             using errcode = 'invalid_parameter_value', hint = 'Say $.new.paid == true, not $.new.paid.';
     end if;
-    -- Behind the columns of the key may stand those that it includes.
-    key := array(select a.attname::text
-                   from pg_index i cross join unnest(i.indkey) with ordinality k(number, place)
-                   join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.number
-                  where i.indrelid = relation and i.indisprimary and k.place <= i.indnkeyatts order by k.place);
-    select not i.indimmediate into is_deferrable from pg_index i where i.indrelid = relation and i.indisprimary;
+    select k.columns, k.is_deferrable into key, is_deferrable from pgchannels.primary_key(relation) k;
     used := array(select distinct u.name from (
         select p.part as name from unnest(parts) with ordinality p(part, place) where p.place % 2 = 0
         union all select c.name from unnest(columns) c(name)
@@ -451,8 +503,8 @@ begin
     execute format('grant insert (channel, payload, expires_at, headers, attachments) on pgchannels.outbox to %I', role_name);
     for routine in select p.oid::regprocedure from pg_proc p
                     where p.pronamespace = log_class.relnamespace
-                      and (p.proname in ('is_channel', 'is_payload', 'is_headers', 'check_message', 'check_ttl', 'publish',
-                                         'publish_many', 'watched_channel', 'watched_change')
+                      and (p.proname in ('is_channel', 'is_payload', 'is_headers', 'is_attachments', 'check_message', 'check_ttl', 'publish',
+                                         'publish_many', 'primary_key', 'watched_channel', 'watched_change')
                            or kind = 'node' and p.proname not in ('watch', 'unwatch', 'publish_changes', 'grant_access', 'regrant')) loop
         execute format('grant execute on routine %s to %I', routine, role_name);
     end loop;
@@ -595,7 +647,8 @@ begin
         insert into pgchannels.messages
                (id, channel, payload, attachments, headers, size, created_at, expires_at)
         select previous_id + row_number() over (order by last_id, id),
-               channel, payload, attachments, headers, octet_length(payload::text), created_at, expires_at
+               channel, payload, attachments, headers, pgchannels.message_size(payload, headers, attachments),
+               created_at, expires_at
           from (select t.*, max(t.id) over (partition by t.xid) as last_id from taken t) t
     )
     insert into pgchannels.batches (last_id, snapshot, epoch)
@@ -630,5 +683,14 @@ begin
     end if;
 end
 $$;
+
+update pgchannels.outbox o set attachments = null where not pgchannels.is_attachments(o.attachments);
+
+-- Late, for whoever publishes waits from here to the end.
+alter table pgchannels.outbox
+    add constraint outbox_attachments_are_valid check (pgchannels.is_attachments(attachments));
+
+alter table pgchannels.ephemeral
+    add constraint ephemeral_attachments_are_valid check (pgchannels.is_attachments(attachments));
 
 select pgchannels.regrant();

@@ -10,6 +10,9 @@ select pg_get_userbyid(c.relowner) as owner, pg_has_role(c.relowner, 'usage') as
        has_function_privilege('pgchannels.seal(integer)', 'execute') as is_node
   from pg_class c where c.oid = 'pgchannels.messages'::regclass;
 
+-- name: current_role
+select current_user;
+
 -- name: head
 select b.head, b.epoch, b.floor from pgchannels.bounds b;
 
@@ -108,7 +111,8 @@ select pg_notify($7, 'e ' || min(s.id) || ' ' || max(s.id)) from sent s;
 
 -- name: read_ephemeral
 -- $1 and $2: the ids that were told; $3: at most so many.
-select e.id, e.channel, e.payload, e.created_at, octet_length(e.payload::text) as size, e.headers, e.attachments
+select e.id, e.channel, e.payload, e.created_at,
+       pgchannels.message_size(e.payload, e.headers, e.attachments) as size, e.headers, e.attachments
   from pgchannels.ephemeral e
  where e.id between $1::bigint and $2::bigint order by e.id limit $3;
 

@@ -37,10 +37,12 @@ PUBLISHING = {
     "is_channel",
     "is_payload",
     "is_headers",
+    "is_attachments",
     "check_message",
     "check_ttl",
     "publish",
     "publish_many",
+    "primary_key",
     "watched_channel",
     "watched_change",
 }

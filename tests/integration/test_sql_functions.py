@@ -300,7 +300,45 @@ def test_the_outbox_takes_only_times_that_readers_can_hold(
             connection.execute(insert, [created_at])
 
 
+@pytest.mark.parametrize(
+    ("attachments", "accepted"),
+    [
+        ("null", True),
+        ("'{}'", True),
+        ("array['x', 'y']::bytea[]", True),
+        ("array[convert_to(repeat('x', 16777216), 'UTF8')]", True),
+        ("array[convert_to(repeat('x', 16777216), 'UTF8'), 'y'::bytea]", False),
+        ("array[null]::bytea[]", False),
+        ("array['x', null]::bytea[]", False),
+        ("array[array['x', 'y']]::bytea[]", False),
+    ],
+)
+@pytest.mark.parametrize("table", ["outbox", "ephemeral"])
+def test_attachments_are_lists_of_bytes(
+    connection: Connection, table: str, attachments: str, accepted: bool
+) -> None:
+    insert = (
+        f"insert into pgchannels.{table} (channel, payload, attachments)"
+        f" values ('room', '{{}}', {attachments})"
+    )
+    if accepted:
+        connection.execute(insert.encode())
+    else:
+        with pytest.raises(psycopg.errors.CheckViolation, match="attachments_are_valid"):
+            connection.execute(insert.encode())
+
+
 class TestSeal:
+    def test_the_size_is_that_of_all_that_is_read(self, connection: Connection) -> None:
+        connection.execute(
+            "insert into pgchannels.outbox (channel, payload, headers, attachments)"
+            " values ('room', '{\"a\": 1}', '{\"b\": \"c\"}',"
+            " array[convert_to(repeat('x', 10000), 'UTF8'), 'y'])"
+        )
+        connection.execute("select pgchannels.seal()")
+        size = value(connection, "select size from pgchannels.messages")
+        assert size == len('{"a": 1}') + len('{"b": "c"}') + 10_001
+
     def test_only_in_read_committed(self, connection: Connection) -> None:
         connection.execute("begin isolation level repeatable read")
         with pytest.raises(psycopg.errors.InvalidTransactionState, match="REPEATABLE READ"):

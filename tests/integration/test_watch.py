@@ -1250,3 +1250,66 @@ class TestWriters:
         )
         for id in written:
             assert found.index(("inserted", id)) < found.index(("updated", id))
+
+
+class TestOtherKeys:
+    """A table whose primary key is another one than when it was watched."""
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "alter table tenants drop constraint tenants_pkey, add primary key (tenant, id)",
+            "alter table tenants drop constraint tenants_pkey",
+            (
+                "alter table tenants drop constraint tenants_pkey,"
+                " add constraint tenants_pkey primary key (id) deferrable"
+            ),
+        ],
+    )
+    def test_an_update_fails_rather_than_to_mix_rows_up(
+        self, connection: Connection, statement: str
+    ) -> None:
+        connection.execute(
+            "create table tenants (tenant int not null, id int primary key, secret text)"
+        )
+        watch(connection, "tenants", "tenant:{tenant}")
+        connection.execute(statement.encode())
+        connection.execute("insert into tenants values (1, 1, 'a'), (2, 2, 'b')")
+        assert len(told(connection)) == 2
+        with pytest.raises(ObjectNotInPrerequisiteState, match="primary key of watched table"):
+            connection.execute("update tenants set secret = secret || '!'")
+        assert told(connection) == []
+
+    def test_watched_anew_it_works(self, connection: Connection) -> None:
+        connection.execute(
+            "create table tenants (tenant int not null, id int primary key, secret text)"
+        )
+        watch(connection, "tenants", "tenant:{tenant}")
+        connection.execute(
+            "alter table tenants drop constraint tenants_pkey, add primary key (tenant, id)"
+        )
+        watch(connection, "tenants", "tenant:{tenant}")
+        connection.execute("insert into tenants values (1, 1, 'a'), (2, 1, 'b')")
+        told(connection)
+        connection.execute("update tenants set secret = secret || '!'")
+        assert [(channel, payload["new"]) for channel, payload in told(connection)] == [
+            ("tenant:1", {"secret": "a!"}),
+            ("tenant:2", {"secret": "b!"}),
+        ]
+
+
+def test_a_row_that_moves_is_told_of_whatever_messages_show(connection: Connection) -> None:
+    connection.execute(ORDERS)
+    watch(connection, "orders", "orders:{customer_id}", columns=["status"])
+    connection.execute("insert into orders values (1, 7)")
+    told(connection)
+    connection.execute("update orders set customer_id = 8")
+    moved = {
+        "type": "orders.updated",
+        "key": {"id": 1},
+        "new": {"customer_id": 8},
+        "old": {"customer_id": 7},
+    }
+    assert told(connection) == [("orders:7", moved), ("orders:8", moved)]
+    connection.execute("update orders set total = 1")
+    assert told(connection) == []
