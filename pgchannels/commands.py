@@ -6,10 +6,13 @@ They raise what goes wrong; `pgchannels.cli` says it and turns it into an exit c
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgchannels import migrate, shell
-from pgchannels.errors import ConfigurationError
+from pgchannels.errors import ConfigurationError, DatabaseError, PGChannelsError
 from pgchannels.postgres_follower import MAX_LAG, follower_statuses
 from pgchannels.pruner import Pruner, PruneReport
 from pgchannels.records import FollowerStatus
@@ -47,6 +50,9 @@ Schema = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="The schema of the tables [PGCHANNELS_SCHEMA_NAME]"),
 ]
+
+
+_INSUFFICIENT_PRIVILEGE = "42501"
 
 
 class Access(StrEnum):
@@ -94,12 +100,16 @@ def migrate_(
         typer.echo(migrate.script(settings), nl=False)
         return
     name = f"schema {settings.schema_name!r}"
-    found = migrate.current(settings)
+    needed = "Its owner may; if there is none yet, a role with CREATE on the database"
     if check:
-        migrate.check(settings)
-    else:
-        migrate.upgrade(settings)
-    now = migrate.current(settings)
+        needed = _grant_needed(settings, Access.NODE)
+    with _refusals_explained(settings, needed):
+        found = migrate.current(settings)
+        if check:
+            migrate.check(settings)
+        else:
+            migrate.upgrade(settings)
+        now = migrate.current(settings)
     if now != found:
         before = "created" if found is None else f"migrated from revision {found}"
         typer.echo(f"{name} {before}, now at revision {now}")
@@ -126,8 +136,10 @@ def prune(
 ) -> None:
     """Remove what is past its retention, once. Nodes do so too, by themselves."""
     settings = _settings(database_url=database_url, schema_name=schema, retention=retention)
-    migrate.check(settings)
-    report = asyncio.run(_prune(settings, dry_run=dry_run))
+    access = Access.NODE if dry_run else Access.MAINTAINER
+    with _refusals_explained(settings, _grant_needed(settings, access)):
+        migrate.check(settings)
+        report = asyncio.run(_prune(settings, dry_run=dry_run))
     _print_report(report, settings, dry_run=dry_run)
     if report.problems:
         for problem in report.problems:
@@ -139,8 +151,10 @@ def prune(
 def followers(database_url: DatabaseUrl = None, schema: Schema = None) -> None:
     """Show the durable readers: how far each has come, and what it has still to do."""
     settings = _settings(database_url=database_url, schema_name=schema)
-    migrate.check(settings)
-    _print_followers(asyncio.run(_followers(settings)))
+    with _refusals_explained(settings, _grant_needed(settings, Access.NODE)):
+        migrate.check(settings)
+        found = asyncio.run(_followers(settings))
+    _print_followers(found)
 
 
 @app.command()
@@ -158,8 +172,12 @@ def grant(
 ) -> None:
     """Give a role of the database access to the schema. Safe to run again."""
     settings = _settings(database_url=database_url, schema_name=schema)
-    migrate.check(settings)
-    asyncio.run(_grant(settings, access, role))
+    needed = "Only the schema's owner may grant"
+    if access is Access.MAINTAINER:
+        needed = "Only who has ADMIN OPTION on the schema's owner, or a superuser, may"
+    with _refusals_explained(settings, needed):
+        migrate.check(settings)
+        asyncio.run(_grant(settings, access, role))
     typer.echo(f"role {role!r} is a {access} on schema {settings.schema_name!r}")
 
 
@@ -189,7 +207,8 @@ def publish(
     refused ends it, with nothing of its transaction published.
     """
     settings = _settings(database_url=database_url, schema_name=schema)
-    shell.publish(settings, channel, payload, ttl=ttl, headers=header or [])
+    with _refusals_explained(settings, _grant_needed(settings, Access.PUBLISHER)):
+        shell.publish(settings, channel, payload, ttl=ttl, headers=header or [])
 
 
 @app.command()
@@ -226,9 +245,10 @@ def tail(
     are not shown. The exit code is 130 when it is interrupted.
     """
     settings = _settings(database_url=database_url, schema_name=schema)
-    shell.tail(
-        settings, channels, after=after, since=since, limit=limit, follow=follow, as_json=json
-    )
+    with _refusals_explained(settings, _grant_needed(settings, Access.NODE)):
+        shell.tail(
+            settings, channels, after=after, since=since, limit=limit, follow=follow, as_json=json
+        )
 
 
 @app.command()
@@ -273,6 +293,44 @@ def _settings(**options: Any) -> Settings:
     return Settings(**{name: value for name, value in options.items() if value is not None})
 
 
+def _grant_needed(settings: Settings, access: Access, role: str = "{role}") -> str:
+    # An owner that is no superuser cannot make others members of itself.
+    granter = "a superuser" if access is Access.MAINTAINER else "its owner"
+    option = "" if settings.schema_name == "pgchannels" else f" --schema {settings.schema_name}"
+    return f"As {granter}, run: pgchannels grant {access} {role}{option}"
+
+
+@contextmanager
+def _refusals_explained(settings: Settings, needed: str) -> Iterator[None]:
+    """Where the role lacks a privilege, name it, and say what is needed.
+
+    Args:
+        settings: as whom it is done, and where.
+        needed: a sentence, which may have ``{role}`` in it.
+    """
+    try:
+        yield
+    except DatabaseError as error:
+        if error.sqlstate != _INSUFFICIENT_PRIVILEGE:
+            raise
+        role = asyncio.run(_role(settings))
+        raise DatabaseError(
+            f"role {role!r} may not do this on schema {settings.schema_name!r}: {error}. "
+            + needed.format(role=quote(role)),
+            error.sqlstate,
+        ) from error
+
+
+async def _role(settings: Settings) -> str:
+    session = Session(settings, "role")
+    try:
+        (row,) = await session.fetch("current_role")
+    finally:
+        await session.close()
+    role: str = row[0]
+    return role
+
+
 async def _grant(settings: Settings, access: Access, role: str) -> None:
     session = Session(settings, "grant")
     try:
@@ -284,6 +342,15 @@ async def _grant(settings: Settings, access: Access, role: str) -> None:
 async def _prune(settings: Settings, *, dry_run: bool) -> PruneReport:
     session = Session(settings, "prune")
     try:
+        (row,) = await session.fetch("owner")
+        if not dry_run and not row["is_ours"]:
+            # It could delete messages, and then not drop the partitions.
+            owner, role = row["owner"], row["we"]
+            raise PGChannelsError(
+                f"role {role!r} is no maintainer of schema {settings.schema_name!r}, nothing was "
+                f"removed. Prune as its owner {owner!r}, or make that role one. "
+                + _grant_needed(settings, Access.MAINTAINER, quote(role))
+            )
         return await Pruner(settings, session).run_once(dry_run=dry_run)
     finally:
         await session.close()
@@ -313,7 +380,8 @@ def _print_followers(found: list[FollowerStatus]) -> None:
 
 
 def _print_report(report: PruneReport, settings: Settings, *, dry_run: bool) -> None:
-    kept = "for ever" if settings.retention is None else f"for {settings.retention}"
+    retention = settings.model_dump(mode="json", include={"retention"})["retention"]
+    kept = "for ever" if retention is None else f"for {retention}"
     title = f"schema {settings.schema_name!r}, messages are kept {kept}"
     title = f"Dry run, nothing was changed: {title}" if dry_run else f"Pruned: {title}"
     table = Table(show_header=False, box=None)

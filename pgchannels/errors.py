@@ -82,9 +82,10 @@ class SchemaError(ConfigurationError):
                 "it. Run: pip install --upgrade pgchannels"
             )
         found = "has not been migrated" if self.found is None else f"is at revision {self.found}"
+        option = "" if self.schema == "pgchannels" else f" --schema {self.schema}"
         return (
             f"schema {self.schema!r} {found}; revision {self.needed} is needed. "
-            "Run: pgchannels migrate"
+            f"Run: pgchannels migrate{option}"
         )
 
 

@@ -143,7 +143,7 @@ class PostgresLayer(ChannelLayer):
 
         What it reads from then on is the state after every message up to the position, and before
         every later one. So who is given the state, and then what is published after the position,
-        misses nothing and gets nothing twice::
+        misses nothing and gets nothing twice. To a client, give ``str(position)``::
 
             async with sessions.begin() as session:
                 position = await layer.snapshot(session)

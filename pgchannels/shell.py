@@ -61,6 +61,8 @@ def publish(
     options = {"ttl": ttl, "headers": _headers(headers)}
     check_channel(channel)
     if payload == "-":
+        if sys.stdin is None:
+            raise ConfigurationError("there is no standard input: it is closed")
         _message(channel, "{}", settings, options)  # what would be wrong with every line
         messages = _messages_of_input(channel, settings, options)
     else:
@@ -158,8 +160,8 @@ def _place(lines: Sequence[Line]) -> str:
     return f"line {first}" if first == last else f"lines {first} to {last}"
 
 
-def _at(place: str, error: PGChannelsError) -> PGChannelsError:
-    return PGChannelsError(f"{place}: {error}") if place else error
+def _at(place: str, error: DatabaseError) -> DatabaseError:
+    return DatabaseError(f"{place}: {error}", error.sqlstate) if place else error
 
 
 async def _publish(session: Session, schema: str, messages: Sequence[Outgoing]) -> None:

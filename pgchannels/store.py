@@ -317,9 +317,10 @@ class Store(Queries):
 
 
 def _no_node(schema: str, role: str = "ROLE", owner: str = "its owner") -> ConfigurationError:
+    option = "" if schema == "pgchannels" else f" --schema {schema}"
     return ConfigurationError(
         f"the role that we connect as may not be a node on schema {schema!r}. As {owner}, run: "
-        f"pgchannels grant node {role}"
+        f"pgchannels grant node {role}{option}"
     )
 
 

@@ -29,7 +29,12 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from pgchannels.backoff import Backoff
 from pgchannels.connections import connect, driver_errors
-from pgchannels.errors import DatabaseError, DatabaseUnavailable, PGChannelsError
+from pgchannels.errors import (
+    ConfigurationError,
+    DatabaseError,
+    DatabaseUnavailable,
+    PGChannelsError,
+)
 from pgchannels.sql import load_queries
 from pgchannels.waiting import set_within
 
@@ -90,7 +95,7 @@ def waker_for(settings: Settings, url: str | None = None) -> Waker:
             password.
 
     Raises:
-        ConfigurationError: neither has a URL.
+        ConfigurationError: neither has a URL, or *url* says nothing of where the database is.
     """
     dsn = settings.dsn if url is None or settings.database_url is not None else _for_driver(url)
     key = dsn, settings.schema_name
@@ -356,6 +361,11 @@ def _for_driver(url: str) -> str:
         for name, value in parse_qsl(parts.query)
         if name in _PARAMETERS or name == "ssl"
     ]
+    if not (parts.netloc or parts.path.strip("/") or parameters):
+        # An engine that connects by creator=. What libpq takes by default is somewhere else.
+        raise ConfigurationError(
+            "the engine's URL has no address: set database_url (PGCHANNELS_DATABASE_URL)"
+        )
     return parts._replace(query=urlencode(parameters, quote_via=quote)).geturl()
 
 

@@ -1,7 +1,8 @@
 """Publish from Celery, in the transaction of a synchronous SQLAlchemy session.
 
-pip install celery 'psycopg[binary]' pgchannels
 export PGCHANNELS_DATABASE_URL=postgresql://…
+pip install celery 'psycopg[binary]' 'pgchannels[cli]'
+pgchannels migrate
 celery -A celery_worker worker                    # needs a broker: redis, RabbitMQ
 python -c "import celery_worker as w; w.Base.metadata.create_all(w.engine)"
 python -c "import celery_worker as w; w.place_order.delay(7, 20)"
@@ -29,7 +30,7 @@ class Base(DeclarativeBase):
 
 
 class Order(Base):
-    __tablename__ = "orders"
+    __tablename__ = "example_orders"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     customer_id: Mapped[int]

@@ -1,7 +1,9 @@
 """Publish from Django when a model is saved, in the same transaction. One file, for the example.
 
-pip install django 'psycopg[binary]' pgchannels
-PGCHANNELS_DATABASE_URL=postgresql://… python django_orders.py
+export PGCHANNELS_DATABASE_URL=postgresql://…
+pip install django 'psycopg[binary]' 'pgchannels[cli]'
+pgchannels migrate
+python django_orders.py
 pgchannels tail orders:7
 """
 
@@ -42,7 +44,7 @@ class Order(models.Model):
 
     class Meta:
         app_label = "shop"
-        db_table = "orders"
+        db_table = "example_orders"
 
 
 @receiver(post_save, sender=Order)
@@ -60,7 +62,7 @@ def publish_order(instance: Order, created: bool, **_: Any) -> None:
 
 if __name__ == "__main__":
     with connection.schema_editor() as editor:
-        if "orders" not in connection.introspection.table_names():
+        if "example_orders" not in connection.introspection.table_names():
             editor.create_model(Order)
     with transaction.atomic():
         Order.objects.create(customer_id=7, total=20)

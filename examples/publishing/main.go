@@ -1,7 +1,9 @@
 // Publish from Go, by pgx, in the transaction of the data.
 //
+//	export PGCHANNELS_DATABASE_URL=postgresql://…
+//	pip install 'pgchannels[cli]' && pgchannels migrate
 //	go mod init orders && go get github.com/jackc/pgx/v5
-//	DATABASE_URL=postgresql://… go run main.go
+//	go run main.go
 //	pgchannels tail orders:7
 package main
 
@@ -18,7 +20,7 @@ import (
 func placeOrder(ctx context.Context, pool *pgxpool.Pool, customerID int64, total int) error {
 	err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
 		var id int64
-		if err := tx.QueryRow(ctx, "insert into orders (customer_id, total) values ($1, $2) returning id",
+		if err := tx.QueryRow(ctx, "insert into example_orders (customer_id, total) values ($1, $2) returning id",
 			customerID, total).Scan(&id); err != nil {
 			return err
 		}
@@ -38,12 +40,12 @@ func placeOrder(ctx context.Context, pool *pgxpool.Pool, customerID int64, total
 
 func main() {
 	ctx := context.Background()
-	pool, err := pgxpool.New(ctx, os.Getenv("DATABASE_URL"))
+	pool, err := pgxpool.New(ctx, os.Getenv("PGCHANNELS_DATABASE_URL"))
 	if err != nil {
 		log.Fatal(err)
 	}
 	defer pool.Close()
-	if _, err := pool.Exec(ctx, `create table if not exists orders (
+	if _, err := pool.Exec(ctx, `create table if not exists example_orders (
 		id bigint generated always as identity primary key, customer_id bigint not null, total numeric not null)`); err != nil {
 		log.Fatal(err)
 	}

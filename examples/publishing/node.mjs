@@ -1,24 +1,26 @@
 // Publish from Node.js, by pg, in the transaction of the data.
 //
+//   export PGCHANNELS_DATABASE_URL=postgresql://…
+//   pip install 'pgchannels[cli]' && pgchannels migrate
 //   npm install pg
-//   DATABASE_URL=postgresql://… node node.mjs
+//   node node.mjs
 //   pgchannels tail orders:7
 
 import pg from "pg";
 
-const pool = new pg.Pool({ connectionString: process.env.DATABASE_URL });
+const pool = new pg.Pool({ connectionString: process.env.PGCHANNELS_DATABASE_URL });
 
 async function placeOrder(customerId, total) {
   const client = await pool.connect();
   try {
     await client.query("begin");
     const { rows } = await client.query(
-      "insert into orders (customer_id, total) values ($1, $2) returning id",
+      "insert into example_orders (customer_id, total) values ($1, $2) returning id",
       [customerId, total],
     );
     await client.query("select pgchannels.publish($1, $2)", [
       `orders:${customerId}`,
-      { type: "order.placed", id: rows[0].id, total },
+      { type: "order.placed", id: Number(rows[0].id), total }, // pg gives a bigint as text
     ]);
     await client.query("commit");
   } catch (error) {
@@ -31,7 +33,7 @@ async function placeOrder(customerId, total) {
   pool.query("notify pgchannels").catch(() => {});
 }
 
-await pool.query(`create table if not exists orders (
+await pool.query(`create table if not exists example_orders (
   id bigint generated always as identity primary key, customer_id bigint not null, total numeric not null)`);
 await placeOrder(7, 20);
 await pool.end();

@@ -1,9 +1,11 @@
 -- Publish from SQL, in the transaction of the data.
 --
+--   export PGCHANNELS_DATABASE_URL=postgresql://…
+--   pip install 'pgchannels[cli]' && pgchannels migrate
 --   psql "$PGCHANNELS_DATABASE_URL" -v ON_ERROR_STOP=1 -f psql.sql
 --   pgchannels tail orders:7
 
-create table if not exists orders (
+create table if not exists example_orders (
     id bigint generated always as identity primary key,
     customer_id bigint not null,
     total numeric not null
@@ -12,7 +14,7 @@ create table if not exists orders (
 begin;
 
 with placed as (
-    insert into orders (customer_id, total) values (7, 19.90) returning *
+    insert into example_orders (customer_id, total) values (7, 19.90) returning *
 )
 select pgchannels.publish(
            'orders:' || p.customer_id,

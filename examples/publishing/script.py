@@ -1,7 +1,9 @@
 """Publish from a plain script, by psycopg, in the transaction of the data.
 
-pip install psycopg pgchannels
-PGCHANNELS_DATABASE_URL=postgresql://… python script.py
+export PGCHANNELS_DATABASE_URL=postgresql://…
+pip install 'psycopg[binary]' 'pgchannels[cli]'
+pgchannels migrate
+python script.py
 pgchannels tail orders:7
 """
 
@@ -16,7 +18,8 @@ settings = Settings()  # PGCHANNELS_DATABASE_URL
 
 def place_order(connection: psycopg.Connection, customer_id: int, total: int) -> None:
     row = connection.execute(
-        "insert into orders (customer_id, total) values (%s, %s) returning id", [customer_id, total]
+        "insert into example_orders (customer_id, total) values (%s, %s) returning id",
+        [customer_id, total],
     ).fetchone()
     assert row is not None
     connection.execute(
@@ -28,7 +31,8 @@ def place_order(connection: psycopg.Connection, customer_id: int, total: int) ->
 def main() -> None:
     with psycopg.connect(settings.dsn) as connection:
         connection.execute(
-            "create table if not exists orders (id bigint generated always as identity primary key,"
+            "create table if not exists example_orders ("
+            "id bigint generated always as identity primary key,"
             " customer_id bigint not null, total numeric not null)"
         )
         place_order(connection, customer_id=7, total=20)

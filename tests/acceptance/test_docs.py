@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
+from decimal import Decimal
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psycopg
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy.engine import make_url
 
 from pgchannels import MemoryLayer
 
@@ -172,3 +177,93 @@ def test_the_example_of_a_test_passes(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "1 passed" in run.stdout
+
+
+# The shop of docs/publishing.md
+
+
+@pytest.fixture
+async def shop(database_url: str) -> AsyncIterator[dict[str, Any]]:
+    """What the page defines, on a database of its own, with the layer open."""
+    driver_url = make_url(database_url).set(drivername="postgresql+asyncpg")
+    names: dict[str, Any] = {"__name__": "shop"}
+    for part in ("install(Session, layer)", "class Order(Base)", "async def board"):
+        source = block("publishing.md", part)
+        source = source.replace(
+            "postgresql+asyncpg://localhost/shop", driver_url.render_as_string(hide_password=False)
+        ).replace("postgresql://localhost/shop", database_url)
+        exec(compile(source, "docs/publishing.md", "exec", dont_inherit=True), names)
+    async with names["engine"].begin() as connection:
+        await connection.run_sync(names["Base"].metadata.create_all)
+    async with names["layer"]:
+        yield names
+    await names["engine"].dispose()
+
+
+async def place_order(shop: dict[str, Any]) -> None:
+    async with shop["Session"].begin() as session:
+        session.add(shop["Order"](customer_id=42, status="new", total=Decimal("9.90")))
+
+
+async def pay_order(shop: dict[str, Any]) -> None:
+    async with shop["Session"].begin() as session:
+        (await session.get_one(shop["Order"], 1)).status = "paid"
+
+
+class EnoughError(Exception):
+    """The client has seen what it wanted to see."""
+
+
+class Browser:
+    """A socket whose order is paid as soon as it has the state."""
+
+    def __init__(self, shop: dict[str, Any]) -> None:
+        self._shop = shop
+        self.state: Any = None
+
+    async def send_json(self, state: Any) -> None:
+        self.state = state
+        await pay_order(self._shop)
+
+    async def send_text(self, envelope: str) -> None:
+        self.message = json.loads(envelope)
+        raise EnoughError
+
+
+async def test_a_board_gets_the_state_and_what_follows_it(shop: dict[str, Any]) -> None:
+    await place_order(shop)
+    browser = Browser(shop)
+    async with asyncio.timeout(20):
+        with pytest.raises(EnoughError):
+            await shop["board"](browser, 42)
+    assert browser.state == {"orders": [{"id": 1, "status": "new"}]}
+    assert browser.message["data"] == {
+        "type": "orders.updated",
+        "key": {"id": 1},
+        "new": {"status": "paid"},
+    }
+
+
+async def test_the_filter_of_the_page_finds_what_its_models_publish(shop: dict[str, Any]) -> None:
+    tree = ast.parse(block("publishing.md", "filter="))
+    (filter,) = (
+        ast.literal_eval(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == "filter"
+    )
+    await place_order(shop)
+    await pay_order(shop)
+    reading = shop["layer"].subscribe("orders:42", after="0", filter=filter)
+    async with asyncio.timeout(20), reading as found:
+        message = await anext(found)
+    assert (message["type"], message["key"]) == ("orders.updated", {"id": 1})
+
+
+@pytest.mark.usefixtures("shop")
+def test_the_sql_of_the_page_fits_its_models(database_url: str) -> None:
+    text = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```sql\n(begin;.*?)^```", text, re.DOTALL | re.MULTILINE)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(script.encode())
+        placed = connection.execute("select customer_id, status, total from orders").fetchall()
+    assert placed == [(42, "new", Decimal("9.90"))]

@@ -113,8 +113,10 @@ def test_check_fails_where_there_is_something_to_do_and_does_not_do_it(
     run: Run, empty_database_url: str
 ) -> None:
     result = run("migrate", "--check", "--database-url", empty_database_url)
-    assert_one_line(result, 1, "has not been migrated", "pgchannels migrate")
+    assert_one_line(result, 1, "has not been migrated", "Run: pgchannels migrate\n")
     assert migrate.current(empty_database_url) is None
+    other = run("migrate", "--check", "--database-url", empty_database_url, "--schema", "other")
+    assert_one_line(other, 1, "schema 'other'", "Run: pgchannels migrate --schema other\n")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +176,7 @@ def test_prune_says_what_it_removes_and_a_dry_run_removes_nothing(
     result = run("prune", "--database-url", database_url, *(["--dry-run"] if dry_run else []))
     assert (result.code, result.err) == (0, "")
     assert ("nothing was changed" in result.out) == dry_run
+    assert result.out.splitlines()[0].endswith("schema 'pgchannels', messages are kept for P7D")
     found = counts(result)
     assert found["the log begins after id"] == 5
     assert found["messages deleted, past the retention"] == 5
@@ -260,15 +263,71 @@ def as_role(database_url: str, role: str) -> str:
 
 def test_a_role_is_granted_what_it_needs(run: Run, database_url: str, role: str) -> None:
     theirs = ("--database-url", as_role(database_url, role))
-    assert_one_line(run("publish", "a", "{}", *theirs), 1, "permission denied")
     for access in ("publisher", "publisher", "node"):
         granted = run("grant", access, role, "--database-url", database_url)
         assert granted == Result(0, f"role '{role}' is a {access} on schema 'pgchannels'\n", "")
         assert run("publish", "a", "{}", *theirs) == Result(0, "", "")
         assert run("publish", "a", "{}", "--header", "by=shop", *theirs) == Result(0, "", "")
         if access == "publisher":
-            assert_one_line(run("tail", "a", *theirs), 1, "permission denied")
+            refused = run("tail", "a", *theirs)
+            assert_one_line(refused, 1, f"As its owner, run: pgchannels grant node {role}\n")
     assert run("tail", "a", *theirs).out.count("\n") == 6
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [
+        ("publish a {}", "As its owner, run: pgchannels grant publisher"),
+        ("tail a", "As its owner, run: pgchannels grant node"),
+        ("tail a --follow", "As its owner, run: pgchannels grant node"),
+        ("followers", "As its owner, run: pgchannels grant node"),
+        ("migrate --check", "As its owner, run: pgchannels grant node"),
+        ("prune --dry-run", "As its owner, run: pgchannels grant node"),
+        ("prune", "As a superuser, run: pgchannels grant maintainer"),
+    ],
+)
+@pytest.mark.parametrize("schema", ["pgchannels", "other"])
+def test_who_may_not_is_told_what_is_needed(
+    run: Run,
+    database_url: str,
+    connection: psycopg.Connection,
+    role: str,
+    command: str,
+    needed: str,
+    schema: str,
+) -> None:
+    option = ""
+    if schema != "pgchannels":
+        connection.execute(f"alter schema pgchannels rename to {schema}".encode())
+        option = f" --schema {schema}"
+    theirs = ("--database-url", as_role(database_url, role), "--schema", schema)
+    result = run(*command.split(), *theirs)
+    start = f"pgchannels: role '{role}' may not do this on schema '{schema}': "
+    assert result.err.startswith(start)
+    assert_one_line(result, 1, f". {needed} {role}{option}\n")
+
+
+def test_lines_of_input_that_are_refused_are_named(
+    run: Run, database_url: str, role: str, feed: Feed
+) -> None:
+    feed(b"{}\n{}\n")
+    result = run("publish", "a", "-", "--database-url", as_role(database_url, role))
+    assert_one_line(result, 1, "lines 1 to 2", f"pgchannels grant publisher {role}")
+
+
+def test_only_an_owner_prunes_and_others_remove_nothing(
+    run: Run, database_url: str, old_and_new: psycopg.Connection, role: str
+) -> None:
+    assert run("grant", "node", role, "--database-url", database_url).code == 0
+    theirs = ("--database-url", as_role(database_url, role))
+    result = run("prune", *theirs)
+    assert_one_line(
+        result, 1, f"role '{role}' is no maintainer", f"run: pgchannels grant maintainer {role}"
+    )
+    assert value(old_and_new, COUNT) == 10
+    assert value(old_and_new, "select floor from pgchannels.bounds") == 0
+    rehearsed = run("prune", "--dry-run", *theirs)
+    assert counts(rehearsed)["the log begins after id"] == 5
 
 
 def test_what_cannot_be_granted_is_told(run: Run, database_url: str, role: str) -> None:
@@ -276,7 +335,8 @@ def test_what_cannot_be_granted_is_told(run: Run, database_url: str, role: str) 
     assert_one_line(run("grant", "node", "nobody at all", *url), 1, "does not exist")
     assert_one_line(run("grant", "maintainer", role, *url), 1, "is a superuser")
     theirs = ("--database-url", as_role(database_url, role))
-    assert_one_line(run("grant", "node", role, *theirs), 1, "permission denied")
+    refused = run("grant", "node", role, *theirs)
+    assert_one_line(refused, 1, f"role '{role}' may not", "Only the schema's owner may grant")
     assert run("grant", "king", role, *url).code == 2
 
 
@@ -392,6 +452,19 @@ def test_a_line_without_an_end_is_refused_before_memory_runs_out(
         monkeypatch.setattr(sys, "stdin", endless)
         result = run("publish", "a", "-", "--database-url", database_url)
     assert_one_line(result, 1, "line 1 has more than")
+
+
+def test_input_that_is_closed_is_told(database_url: str) -> None:
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, *COMMAND, "publish", "a", "-"],
+        env=env(database_url),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    told = "pgchannels: there is no standard input: it is closed\n"
+    assert (ended.returncode, ended.stderr) == (2, told)
 
 
 async def test_input_that_pauses_is_not_held_back(
@@ -663,7 +736,9 @@ def test_what_the_server_refuses_is_told_in_one_line(
     try:
         guest = database_url.replace("postgres@", "only_a_guest@")
         result = run("migrate", "--schema", "other", "--database-url", guest)
-        assert_one_line(result, 1, "permission denied")
+        assert_one_line(
+            result, 1, "role 'only_a_guest' may not", "permission denied", "Its owner may"
+        )
         assert "create schema" not in result.err
     finally:
         connection.execute("drop role only_a_guest")

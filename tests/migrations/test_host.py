@@ -19,11 +19,15 @@ from tests.migrations.databases import OBJECTS, column, dump, execute, run_scrip
 
 HOST = Path(__file__).parent / "host"
 
-# env.py as it stands, and without what is optional in it.
+# env.py as it stands, without what is optional in it, and where it looks into all schemas.
+OPTION = r'^    "transaction_per_migration": True,.*\n'
 VARIANTS = {
-    "as documented": r"^",
-    "default schema": r'^    "include_schemas": True,\n',
-    "one transaction": r'^    "transaction_per_migration": True,.*\n',
+    "as documented": (r"^", ""),
+    "one transaction": (OPTION, ""),
+    "all schemas": (
+        OPTION,
+        '    "include_schemas": True,\n    "include_name": pgchannels.alembic.include_name,\n',
+    ),
 }
 
 
@@ -61,10 +65,10 @@ def host(directory: Path, empty_database_url: str) -> Host:
     return Host(directory, empty_database_url)
 
 
-@pytest.mark.parametrize("without", VARIANTS.values(), ids=VARIANTS)
-def test_upgrade_and_what_follows(host: Host, without: str) -> None:
+@pytest.mark.parametrize(("part", "instead"), VARIANTS.values(), ids=VARIANTS)
+def test_upgrade_and_what_follows(host: Host, part: str, instead: str) -> None:
     env = host.directory / "migrations" / "env.py"
-    text, found = re.subn(without, "", env.read_text("utf-8"), count=1, flags=re.MULTILINE)
+    text, found = re.subn(part, instead, env.read_text("utf-8"), count=1, flags=re.MULTILINE)
     assert found == 1
     env.write_text(text, "utf-8")
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from base64 import b64decode
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
 from pgchannels.channels import DIRECT
 from pgchannels.errors import InvalidMessage, InvalidPayload, InvalidPosition
@@ -30,6 +33,11 @@ from tests.support.payloads import payloads, payloads_with_bytes, texts
 NAN = float("nan")
 INFINITY = float("inf")
 CREATED = datetime(2026, 3, 29, 1, 30, 0, 123456, tzinfo=timezone(timedelta(hours=2)))
+
+
+class Page(BaseModel):
+    position: Position
+
 
 positions = st.builds(
     Position,
@@ -78,6 +86,38 @@ class TestPosition:
         except InvalidPosition:
             return
         assert str(position) == text  # one spelling only, so that texts can be compared
+
+    @given(st.just(BEGINNING) | positions)
+    def test_a_model_has_it_as_its_text(self, position: Position) -> None:
+        written = Page(position=position).model_dump_json()
+        assert json.loads(written) == {"position": str(position)}
+        for read in (Page.model_validate_json(written), Page.model_validate(json.loads(written))):
+            assert read.position == position
+            assert isinstance(read.position, Position)
+
+    @pytest.mark.parametrize("value", ["1", "1-", [1, 32], (1, 32), 7, None])
+    def test_a_model_takes_nothing_else(self, value: object) -> None:
+        with pytest.raises(ValidationError):
+            Page.model_validate({"position": value})
+        with pytest.raises(ValidationError):
+            Page.model_validate_json(json.dumps({"position": value}))
+
+    @pytest.mark.parametrize("mode", ["validation", "serialization"])
+    def test_a_model_describes_it_as_text(
+        self, mode: Literal["validation", "serialization"]
+    ) -> None:
+        described = Page.model_json_schema(mode=mode)["properties"]["position"]
+        assert described["type"] == "string"
+
+    def test_an_endpoint_returns_what_after_takes(self) -> None:
+        app = FastAPI()
+
+        @app.get("/")
+        async def state() -> Page:
+            return Page(position=Position(1, 32))
+
+        with TestClient(app) as client:
+            assert client.get("/").json() == {"position": "1-32"}
 
     @pytest.mark.parametrize(
         "text",

@@ -4,14 +4,12 @@ from alembic import context
 from shop.models import Base  # type: ignore[import-not-found]
 from sqlalchemy import create_engine
 
-from pgchannels.alembic import include_name
+import pgchannels.alembic  # noqa: F401
 
 url = os.environ["DATABASE_URL"]
 
 options = {
     "target_metadata": Base.metadata,
-    "include_schemas": True,
-    "include_name": include_name,  # leaves the schema pgchannels out
     "transaction_per_migration": True,  # what one revision locks is free before the next
 }
 
