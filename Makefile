@@ -21,9 +21,13 @@ help: ## show this list
 demo: $(DEMO) ## run the demo, with a PostgreSQL of its own (ARGS="..." for options, ARGS=--help lists them)
 	@exec $(BIN)/pgchannels demo $(ARGS)
 
+# What is the same on any server is not run again on the oldest one.
+SAME := $(addprefix --ignore=tests/integration/test_,cli.py consumers.py demo.py embedded.py \
+    hostile.py packaging.py publishes_models.py publishing_examples.py web.py)
+
 test: $(DEV) ## the tests on PostgreSQL 18, then those that need one on PostgreSQL 16
 	$(PYTEST) $(XDIST) --postgres=18 $(ARGS)
-	$(PYTEST) $(XDIST) --postgres=16 tests/integration tests/migrations tests/property tests/faults $(ARGS)
+	$(PYTEST) $(XDIST) --postgres=16 tests/integration tests/migrations tests/property tests/faults $(SAME) $(ARGS)
 
 browser-test: $(DEV) ## the tests that drive a browser (needs chromium)
 	@$(PYTEST) tests/browser $(ARGS)
