@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     """The PostgreSQL schema of the tables; also the name that is notified."""
 
     pool_size: int = Field(5, ge=1, le=1000)
-    """Connections at most for publishing and replaying. A node keeps four to seven for its tasks."""
+    """Connections at most for publishing and replaying. A node has four to seven for its tasks."""
 
     command_timeout: Seconds = 30.0
     """How long a statement may take before its connection counts as dead."""

@@ -7,8 +7,10 @@ drop function pgchannels.change_memberships(text[], text[], boolean[], text[], i
 drop function pgchannels.publish_left(json);
 drop function pgchannels.lock_presence(text[]);
 drop function pgchannels.is_for(json, text, boolean);
-alter table pgchannels.outbox drop constraint outbox_headers_are_valid;
+alter table pgchannels.outbox
+    drop constraint outbox_headers_are_valid, drop constraint outbox_attachments_are_valid;
 drop table pgchannels.ephemeral;
+drop function pgchannels.is_attachments(bytea[]);
 drop function pgchannels.is_headers(json);
 drop table pgchannels.followers;
 drop table pgchannels.claims;

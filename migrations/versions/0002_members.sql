@@ -63,10 +63,25 @@ begin
 end
 $$;
 
+-- A list of bytes, of at most 16 MiB together: what every reader can put back into the payload.
+create function pgchannels.is_attachments(attachments bytea[]) returns boolean
+language plpgsql immutable strict parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return attachments = '{}'
+        or (array_ndims(attachments) = 1 and array_position(attachments, null) is null
+            and (select sum(octet_length(a.bytes)) from unnest(attachments) a(bytes)) <= 16777216);
+end
+$$;
+
 update pgchannels.outbox o set headers = null where not pgchannels.is_headers(o.headers);
 
+update pgchannels.outbox o set attachments = null where not pgchannels.is_attachments(o.attachments);
+
 alter table pgchannels.outbox
-    add constraint outbox_headers_are_valid check (pgchannels.is_headers(headers));
+    add constraint outbox_headers_are_valid check (pgchannels.is_headers(headers)),
+    add constraint outbox_attachments_are_valid check (pgchannels.is_attachments(attachments));
 
 -- Idempotency keys. Written in the transaction that publishes; a second publisher waits for it.
 create table pgchannels.keys (
@@ -117,7 +132,8 @@ create unlogged table pgchannels.ephemeral (
     constraint ephemeral_pkey primary key (id),
     constraint ephemeral_channel_is_valid check (pgchannels.is_channel(channel)),
     constraint ephemeral_payload_is_valid check (pgchannels.is_payload(payload)),
-    constraint ephemeral_headers_are_valid check (pgchannels.is_headers(headers))
+    constraint ephemeral_headers_are_valid check (pgchannels.is_headers(headers)),
+    constraint ephemeral_attachments_are_valid check (pgchannels.is_attachments(attachments))
 );
 
 create index ephemeral_created_at on pgchannels.ephemeral (created_at);

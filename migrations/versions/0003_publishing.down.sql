@@ -13,11 +13,7 @@ drop function pgchannels.publish_many(text[], json[], interval);
 -- restore pgchannels.publish
 -- restore pgchannels.seal
 -- restore pgchannels.seal_and_notify
-drop function pgchannels.message_size(json, json, bytea[]);
 comment on column pgchannels.messages.size is 'bytes of the payload''s text, so that a page can be bounded without reading it';
-alter table pgchannels.ephemeral drop constraint ephemeral_attachments_are_valid;
-alter table pgchannels.outbox drop constraint outbox_attachments_are_valid;
-drop function pgchannels.is_attachments(bytea[]);
 drop function pgchannels.check_message(text, json, bigint);
 drop function pgchannels.check_ttl(interval);
 alter function pgchannels.is_channel(text) reset search_path;

@@ -16,34 +16,7 @@ alter function pgchannels.is_payload(json) set search_path = pg_catalog, pg_temp
 
 alter function pgchannels.is_headers(json) set search_path = pg_catalog, pg_temp;
 
--- What of a message pages and buffers are bounded by: bytes of the payload's text, of its headers and
--- of its attachments.
-create function pgchannels.message_size(payload json, headers json, attachments bytea[]) returns integer
-language plpgsql immutable parallel safe
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    if headers is null and attachments is null then
-        return octet_length(payload::text);
-    end if;
-    return octet_length(payload::text) + coalesce(octet_length(headers::text), 0)
-           + coalesce((select sum(octet_length(a.bytes)) from unnest(attachments) a(bytes)), 0);
-end
-$$;
-
-comment on column pgchannels.messages.size is 'message_size(), so that a page can be bounded without reading it';
-
--- A list of bytes, of at most 16 MiB together: what every reader can put back into the payload.
-create function pgchannels.is_attachments(attachments bytea[]) returns boolean
-language plpgsql immutable strict parallel safe
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    return attachments = '{}'
-        or (array_ndims(attachments) = 1 and array_position(attachments, null) is null
-            and (select sum(octet_length(a.bytes)) from unnest(attachments) a(bytes)) <= 16777216);
-end
-$$;
+comment on column pgchannels.messages.size is 'bytes of the payload''s text, of the headers'' and of the attachments, so that a page can be bounded without reading it';
 
 -- Raise what a publisher is to read; "place" is where in an array, null if there is none.
 create function pgchannels.check_message(channel text, payload json, place bigint default null) returns void
@@ -647,7 +620,10 @@ begin
         insert into pgchannels.messages
                (id, channel, payload, attachments, headers, size, created_at, expires_at)
         select previous_id + row_number() over (order by last_id, id),
-               channel, payload, attachments, headers, pgchannels.message_size(payload, headers, attachments),
+               channel, payload, attachments, headers,
+               octet_length(payload::text) + coalesce(octet_length(headers::text), 0)
+               + case when attachments is null then 0
+                      else (select coalesce(sum(octet_length(a.bytes)), 0) from unnest(attachments) a(bytes)) end,
                created_at, expires_at
           from (select t.*, max(t.id) over (partition by t.xid) as last_id from taken t) t
     )
@@ -683,14 +659,5 @@ begin
     end if;
 end
 $$;
-
-update pgchannels.outbox o set attachments = null where not pgchannels.is_attachments(o.attachments);
-
--- Late, for whoever publishes waits from here to the end.
-alter table pgchannels.outbox
-    add constraint outbox_attachments_are_valid check (pgchannels.is_attachments(attachments));
-
-alter table pgchannels.ephemeral
-    add constraint ephemeral_attachments_are_valid check (pgchannels.is_attachments(attachments));
 
 select pgchannels.regrant();

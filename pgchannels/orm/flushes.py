@@ -4,21 +4,23 @@ Mapper events say what the unit of work is about to write, orphans and cascades 
 note it: former values are still in reach then, and keys are not known yet. At the end of the flush
 it is the other way round, and messages are made of the two. What a flush that failed has noted is
 dropped with it.
+
+What :func:`publish` has added to the session is told at the end, too: after the rows, some of which
+may have been waited for. Until then it stays in the session, as pending objects do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import Connection
-from sqlalchemy.orm import InstanceState, Mapper, Session
+from sqlalchemy.orm import InstanceState, Mapper, Session, UOWTransaction
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import ObjectDeletedError
 
 from pgchannels.orm.change import Change, Operation
 from pgchannels.orm.messages import messages_of
-from pgchannels.orm.outbox import Outlet
+from pgchannels.orm.outbox import Entry, Outlet
 from pgchannels.orm.plans import plan_of
 from pgchannels.orm.writes import Write
 from pgchannels.records import Outgoing
@@ -31,15 +33,27 @@ _FLUSH = "pgchannels.flush"
 
 
 class Flush:
-    """What one flush writes, in the order in which the unit of work takes it."""
+    """What one flush writes, in the order in which the unit of work takes it.
 
-    def __init__(self, deleted: Iterable[object] = ()) -> None:
+    Attributes:
+        entries: what was published beside it, in the order of publishing.
+        is_written: whether :meth:`written` was called.
+    """
+
+    def __init__(self, context: UOWTransaction | None = None) -> None:
+        self._context = context
         self._writes: dict[InstanceState[Any], Write] = {}
         self._changes: list[tuple[Write, Change[Any] | None]] = []
         self._connections: set[Connection] = set()
-        self._deleted = {
-            state.key: state for state in map(instance_state, deleted) if state.key is not None
-        }
+        self.entries: list[Entry] = []
+        self.is_written = False
+
+    def hold(self, entry: Entry) -> None:
+        """Leave *entry*, which the session has, for the end of the flush."""
+        if self._context is not None:
+            # It counts as work, so that the end is reached, and is none: no INSERT of its own.
+            self._context.register_object(instance_state(entry), listonly=True)
+        self.entries.append(entry)
 
     def add(
         self, operation: Operation, state: InstanceState[Any], connection: Connection
@@ -62,13 +76,29 @@ class Flush:
 
     def replaced_by(self, state: InstanceState[Any]) -> InstanceState[Any] | None:
         """The object that this flush was to delete, and whose row that of *state* takes over."""
-        if not self._deleted:
+        key = plan_of(state.mapper).key
+        if self._context is None or all(state.dict.get(name) is None for name in key):
             return None
-        return self._deleted.get(state.mapper.identity_key_from_instance(state.obj()))
+        # As the unit of work itself looks for it; orphans are deleted too.
+        identity = state.mapper.identity_key_from_instance(state.obj())
+        found = self._context.session.identity_map.get(identity)
+        if found is None:
+            return None
+        existing = instance_state(found)
+        deleted: bool = self._context.is_deleted(existing)  # type: ignore[no-untyped-call]
+        return existing if deleted else None
 
     def written(self) -> None:
         """All has been written. To be called while the objects still have their history."""
         self._changes = [(write, write.after()) for write in self._writes.values()]
+        self.is_written = True
+        if self._context is None:
+            return
+        # They have had no INSERT, and must not become objects of the session.
+        for entry in self.entries:
+            state = instance_state(entry)
+            if self._context.states.pop(state, None) is not None and state.session is not None:
+                state.session.expunge(entry)
 
     def messages(self, outlet: Outlet) -> dict[Connection, list[Outgoing]]:
         """What is to be told, by the connection that wrote the rows.
@@ -84,9 +114,10 @@ class Flush:
         return messages
 
 
-def begin(session: Session) -> None:
-    """Take notes from here on, and forget those of a flush that has failed."""
-    session.info[_FLUSH] = Flush(session.deleted)
+def begin(session: Session, context: UOWTransaction) -> Flush:
+    """Take notes from here on, and forget those of a flush that had nothing to do."""
+    flush = session.info[_FLUSH] = Flush(context)
+    return flush
 
 
 def current(session: Session) -> Flush | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from pgchannels.channels import check_channel
-from pgchannels.errors import InvalidPayload, MessageTooLarge
+from pgchannels.errors import InvalidChannel, InvalidPayload, MessageTooLarge
 from pgchannels.orm.change import Change
 from pgchannels.orm.contents import plain
 from pgchannels.orm.outbox import Outlet
@@ -45,8 +46,7 @@ def _messages(
         or (rule.when is not None and not rule.when(change))
     ):
         return
-    names = map(check_channel, _channels(write, change, planned))
-    channels = list(dict.fromkeys(names))
+    channels = list(dict.fromkeys(_channels(write, change, planned)))
     if not channels:
         return
     message = _encode(write, change, planned, channels[0], outlet)
@@ -55,26 +55,41 @@ def _messages(
             yield message._replace(channel=channel)
 
 
-def _channels(write: Write, change: Change[Any], planned: PlannedRule) -> Iterator[Any]:
+def _channels(write: Write, change: Change[Any], planned: PlannedRule) -> Iterator[str]:
     for target in planned.rule.targets:
         if isinstance(target, Template):
-            moved = target.attributes & change.changed
-            if change.operation == "update" and moved and moved <= change.former.keys():
-                before = target.render(
-                    lambda name: change.former[name] if name in change.former else write.value(name)
-                )
-                if before is not None:
-                    yield before
-            now = target.render(write.value)
-            if now is not None:
-                yield now
+            yield from _names(write, change, target)
+            continue
+        given = target(change)
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            if given is not None:
+                yield check_channel(given)
         else:
-            given = target(change)
-            if isinstance(given, str) or not isinstance(given, Iterable):
-                if given is not None:
-                    yield given
-            else:
-                yield from given
+            yield from map(check_channel, given)
+
+
+def _names(write: Write, change: Change[Any], template: Template) -> Iterator[str]:
+    if change.operation == "delete":
+        yield from _former_name(template, write.value)
+        return
+    moved = template.attributes & change.changed
+    if change.operation == "update" and moved and moved <= change.former.keys():
+        yield from _former_name(
+            template,
+            lambda name: change.former[name] if name in change.former else write.value(name),
+        )
+    now = template.render(write.value)
+    if now is not None:
+        yield check_channel(now)
+
+
+def _former_name(template: Template, value_of: Callable[[str], Any]) -> Iterator[str]:
+    # A row that something else has written may have a value that makes no name. Nobody can read
+    # that channel, and the row must be possible to repair and to delete.
+    with suppress(InvalidChannel):
+        name = template.render(value_of)
+        if name is not None:
+            yield check_channel(name)
 
 
 def _encode(

@@ -38,9 +38,9 @@ def publishes(
         class Order(Base): ...
 
     The message is written by the flush that writes the row, in the same transaction: it is
-    published if, and only if, the row commits. All messages of a flush go by one insert, in the
-    order in which the unit of work took the objects, and after what :func:`publish` was called with
-    before that flush.
+    published if, and only if, the row commits. All messages of a flush go by one insert at its end,
+    in the order in which the unit of work took the objects, and after what :func:`publish` was
+    called with before and in that flush.
 
     For a class that is mapped in any way, above or below the decorator that maps it; for a mixin;
     several times for several messages. Subclasses publish as their bases do. Only sessions of a
@@ -62,11 +62,13 @@ def publishes(
 
     Args:
         channel: a template, ``"orders:{customer_id}"``, with names of mapped columns; braces are
-            doubled to mean themselves. Or a function of a :class:`Change` that returns one name,
-            several, or None. Or a list of such. An object whose value is None has no message there.
-            When an update moves an object from one channel to another, both get the message. A
-            deleted object's channel is that of its row. Names and payloads agree: an enum is its
-            value, a bool is ``true`` or ``false``.
+            doubled to mean themselves. It begins with a word of its own: with ``"{name}"``, who
+            writes the name could publish anywhere. Or a function of a :class:`Change` that returns
+            one name, several, or None. Or a list of such. An object whose value is None has no
+            message there. When an update moves an object from one channel to another, both get the
+            message. A deleted object's channel is that of its row. If something else has written
+            the row, where it was may be no valid name; nothing goes there, then. Names and payloads
+            agree: an enum is its value, a bool is ``true`` or ``false``.
         on: which of ``"insert"``, ``"update"`` and ``"delete"``. An update that changes no column
             is none.
         payload: a pydantic model class, to be validated from the object; or a function of a
@@ -74,9 +76,10 @@ def publishes(
             None. By default ``{"type": "<table>.inserted", "key": {…}, "new": {…}}``, or
             ``updated``, or ``deleted``: *key* has the primary key, *new* the columns that have
             changed, after an insert all that are known without a query; a deleted object has no
-            *new*. Values are as in FastAPI's responses (decimals are texts), unless the layer has a
-            serialiser of its own, which gets them as they are. It tells all that the row holds:
-            where that is too much, give a payload.
+            *new*. Values are as in FastAPI's responses, unless the layer has a serialiser of its
+            own, which gets them as they are. Decimals are texts, ``"9.90"``, for a float would lose
+            digits; in the messages of a watched table they are numbers. It tells all that the row
+            holds: where that is too much, give a payload.
         changed: names of attributes. An update is published only if one of them has changed.
         when: a function of a :class:`Change` that says whether it is published.
         ttl: how long the message can be read, in seconds; ``default_ttl`` if None.

@@ -2,24 +2,31 @@
 
 ``publish()`` adds an entry to the session, as one adds an object. The session's own rules then do
 the hard part: a rollback, a savepoint's too, drops what was added since, and so does closing the
-session without a commit; and before a savepoint, a query or a commit there is a flush. At the flush
-the entries go into the outbox by one insert, in the session's transaction and ahead of the other
-objects; at its end, by another one, the messages of models. After a commit only the sequencer is
+session without a commit; and before a savepoint, a query or a commit there is a flush. At its end
+the entries and the messages of models go into the outbox, by one insert in the session's
+transaction. Only then: of two transactions that change the same row, one waits for the other, and
+what it publishes must have the later place in the outbox. After a commit only the sequencer is
 woken.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
-from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
+from sqlalchemy.orm import (
+    Session,
+    SessionTransaction,
+    UOWTransaction,
+    scoped_session,
+    sessionmaker,
+)
 
 from pgchannels.channels import check_channel
 from pgchannels.errors import ConfigurationError
@@ -29,6 +36,7 @@ from pgchannels.orm import flushes
 from pgchannels.orm.bulk import wrap_bulk_save
 from pgchannels.orm.flushes import Flush
 from pgchannels.orm.outbox import Entry, Outlet, entry_class, write
+from pgchannels.records import Outgoing
 from pgchannels.settings import Settings
 from pgchannels.transactions import check_transaction
 
@@ -51,6 +59,9 @@ _CHECKED = "pgchannels.checked"
 _PUBLISHED = "pgchannels.published"
 
 _outlets: WeakKeyDictionary[type[Session], Outlet] = WeakKeyDictionary()
+
+# Engines that do not say where their database is; said once of each.
+_unreachable: WeakSet[Engine] = WeakSet()
 
 
 def install(
@@ -84,8 +95,9 @@ def install(
         event.listen(session_class, "after_flush", _after_flush)
         event.listen(session_class, "after_flush_postexec", _after_flush_postexec)
         event.listen(session_class, "after_commit", _after_commit)
+        event.listen(session_class, "after_soft_rollback", _after_soft_rollback)
         event.listen(session_class, "after_transaction_end", _after_transaction_end)
-        wrap_bulk_save(session_class, _tell)
+        wrap_bulk_save(session_class, _tell_bulk)
 
 
 def publish(
@@ -99,7 +111,12 @@ def publish(
     """Publish *payload* on *channel* if, and only if, the session's transaction commits.
 
     An ordinary call, also on an ``AsyncSession``, and inside of mapper and flush events. Nothing is
-    sent to the database before the next flush.
+    sent to the database before the next flush, which writes the session's objects first. Messages
+    are in the order of the calls, and ahead of those of the models that the same flush writes.
+
+    Of two transactions that change the same row, readers get the messages of the one that had to
+    wait second, if these were published with the flush that writes the row, or later. So call it
+    after a statement (``session.execute(update(…))``) that it tells of, not before.
 
     Args:
         session: of a target that was given to :func:`install`.
@@ -121,12 +138,17 @@ def publish(
         _check_bind(sync_session, entries)
         sync_session.info[_CHECKED] = True
     entry = entries(outlet.message(check_channel(channel), payload, ttl=ttl, headers=headers))
-    if sync_session._flushing:  # noqa: SLF001 - what Session.add() itself asks, to warn
-        # From an event inside a flush, where nothing may be added any more. What was published
-        # before goes first.
-        _insert(sync_session, entry)
+    flush = flushes.current(sync_session) if sync_session._flushing else None  # noqa: SLF001
+    if flush is None:
+        sync_session.add(entry)
+        return
+    _connect(sync_session)
+    # What Session.add() itself asks, to warn: an event inside a flush.
+    if flush.is_written or sync_session._warn_on_events:  # noqa: SLF001
+        flush.entries.append(entry)
     else:
         sync_session.add(entry)
+        flush.hold(entry)
 
 
 def _session_class(target: Target) -> type[Session]:
@@ -194,34 +216,76 @@ def _check_bind(session: Session, entries: type[Entry]) -> None:
         )
 
 
-def _insert(session: Session, *more: Entry) -> None:
-    """Insert the entries that wait in *session*, in the order of publishing, and then *more*."""
-    pending = [entry for entry in session.new if isinstance(entry, Entry)]
-    entries = [*pending, *more]
-    if not entries:
-        return
-    schema = _outlet(session).settings.schema_name
-    connection = session.connection(bind_arguments={"mapper": entry_class(schema)})
+def _connect(session: Session) -> Connection:
+    """The connection that the session's entries go by.
+
+    Raises:
+        ConfigurationError: it would commit by itself.
+    """
+    entries = entry_class(_outlet(session).settings.schema_name)
+    connection = session.connection(bind_arguments={"mapper": entries})
     check_transaction(connection)
-    write(connection, schema, [entry.message for entry in entries])
-    # Only now: had the insert failed, they would have to wait on, as the session's objects do.
-    for entry in pending:
-        session.expunge(entry)
+    return connection
+
+
+def _waiting(session: Session) -> list[Entry]:
+    """The entries that wait in *session*, in the order of publishing."""
+    return [entry for entry in session.new if isinstance(entry, Entry)]
+
+
+def _has_work(session: Session) -> bool:
+    """Whether a flush would have anything to write but entries."""
+    return bool(
+        session.deleted
+        or session.dirty
+        or any(not isinstance(object, Entry) for object in session.new)
+    )
+
+
+def _insert(session: Session, connection: Connection, messages: Sequence[Outgoing]) -> None:
+    write(connection, _outlet(session).settings.schema_name, messages)
     session.info[_PUBLISHED] = connection.engine
 
 
 def _tell(session: Session, flush: Flush) -> None:
-    """Insert what the session's models have to say of *flush*, which has written its rows."""
-    outlet = _outlet(session)
-    for connection, messages in flush.messages(outlet).items():
-        # On the very connection that the rows went to, whatever else the session is bound to.
-        write(connection, outlet.settings.schema_name, messages)
-        session.info[_PUBLISHED] = connection.engine
+    """Insert what was published, and what the models have to say of *flush*.
+
+    It has written its rows.
+    """
+    messages: dict[Connection, list[Outgoing]] = {}
+    if flush.entries:
+        messages[_connect(session)] = [entry.message for entry in flush.entries]
+    # On the very connection that the rows went to, whatever else the session is bound to.
+    for connection, made in flush.messages(_outlet(session)).items():
+        messages.setdefault(connection, []).extend(made)
+    for connection, made in messages.items():
+        _insert(session, connection, made)
 
 
-def _before_flush(session: Session, *_: object) -> None:
-    flushes.begin(session)
-    _insert(session)
+def _tell_bulk(session: Session, flush: Flush) -> None:
+    # What was published before goes first, unless there are objects that it must come after.
+    waiting = [] if _has_work(session) else _waiting(session)
+    flush.entries += waiting
+    _tell(session, flush)
+    for entry in waiting:
+        session.expunge(entry)
+
+
+def _before_flush(session: Session, context: UOWTransaction, _: object) -> None:
+    flush = flushes.begin(session, context)
+    waiting = _waiting(session)
+    if not waiting:
+        return
+    connection = _connect(session)  # now, before anything is written
+    if _has_work(session):
+        for entry in waiting:
+            flush.hold(entry)
+        return
+    # There are no rows that it could have to wait for, and no need of a flush.
+    _insert(session, connection, [entry.message for entry in waiting])
+    # Only now: had the insert failed, they would have to wait on, as the session's objects do.
+    for entry in waiting:
+        session.expunge(entry)
 
 
 def _after_flush(session: Session, *_: object) -> None:
@@ -245,8 +309,17 @@ def _after_commit(session: Session) -> None:
         return
     try:
         _outlet(session).wake(engine)
+    except ConfigurationError as error:
+        if engine not in _unreachable:
+            _unreachable.add(engine)
+            logger.warning("nodes find by polling what is published: %s", error)
     except Exception:
         logger.exception("the sequencer could not be woken; what was published will be found")
+
+
+def _after_soft_rollback(session: Session, _: SessionTransaction) -> None:
+    # Of a flush that has failed: what it has noted is not for the next one to tell.
+    flushes.end(session)
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:

@@ -7,7 +7,7 @@ from enum import Enum
 from string import Formatter
 from typing import Any
 
-from pgchannels.channels import check_channel
+from pgchannels.channels import RESERVED, check_channel
 from pgchannels.errors import ConfigurationError, InvalidChannel
 
 __all__ = ["Template"]
@@ -17,7 +17,8 @@ class Template:
     """A parsed template.
 
     ``{name}`` is the place of an attribute's value; ``{{`` and ``}}`` are braces. That is all:
-    there are no format specifications, conversions, dots or brackets.
+    there are no format specifications, conversions, dots or brackets. It begins with a word of its
+    own, lest who writes the values could name any channel, one of the library's too.
 
     Attributes:
         text: as it was written.
@@ -42,6 +43,11 @@ class Template:
                 )
             self._parts.append((literal, name))
         self.attributes = frozenset(name for _, name in self._parts if name is not None)
+        if self.attributes and RESERVED.startswith(self._beginning()):
+            raise ConfigurationError(
+                f"the channel {text!r} is no template: it must begin with a word of its own: "
+                "orders:{id}, not {id}; for any channel at all, give a function"
+            )
         try:
             check_channel(self.render(lambda _: "x"))
         except InvalidChannel as error:
@@ -63,6 +69,11 @@ class Template:
                 return None
             rendered.append(self._text(name, value))
         return "".join(rendered)
+
+    def _beginning(self) -> str:
+        """What is before the first place."""
+        places = [number for number, (_, name) in enumerate(self._parts) if name is not None]
+        return "".join(literal for literal, _ in self._parts[: places[0] + 1])
 
     def _text(self, name: str, value: Any) -> str:
         # As JSON has it, so that a channel's name and the payload agree.

@@ -112,7 +112,9 @@ select pg_notify($7, 'e ' || min(s.id) || ' ' || max(s.id)) from sent s;
 -- name: read_ephemeral
 -- $1 and $2: the ids that were told; $3: at most so many.
 select e.id, e.channel, e.payload, e.created_at,
-       pgchannels.message_size(e.payload, e.headers, e.attachments) as size, e.headers, e.attachments
+       (octet_length(e.payload::text) + coalesce(octet_length(e.headers::text), 0)
+        + (select coalesce(sum(octet_length(a.bytes)), 0) from unnest(e.attachments) a(bytes)))::integer as size,
+       e.headers, e.attachments
   from pgchannels.ephemeral e
  where e.id between $1::bigint and $2::bigint order by e.id limit $3;
 

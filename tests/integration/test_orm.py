@@ -10,6 +10,7 @@ import gc
 import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from decimal import Decimal
 from typing import Any
@@ -42,6 +43,7 @@ from pgchannels import (
 from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.migrate import upgrade
 from pgchannels.orm import install, publish
+from tests.support.eventually import eventually
 from tests.support.servers import server_directory
 from tests.support.sessions import SHAPES, Log, Make, WakeCounter
 
@@ -599,6 +601,69 @@ class TestRetrying:
         assert log.read() == [1, 2, 3]
 
 
+class TestOrder:
+    """Of two transactions that change the same row, the one that had to wait comes second."""
+
+    async def test_of_two_that_change_the_same_row(
+        self, make: sessionmaker[Session], database_url: str, log: Log
+    ) -> None:
+        with make() as session:
+            session.add(order(id=0))
+            session.commit()
+
+        def second() -> None:
+            with make() as session:
+                session.get_one(Order, 0).name = "second"
+                publish(session, "room", {"n": "second"})
+                session.commit()
+
+        def is_waiting() -> bool:
+            with psycopg.connect(database_url) as connection:
+                waiting = connection.execute(
+                    "select from pg_stat_activity"
+                    " where datname = current_database() and wait_event_type = 'Lock'"
+                )
+                return waiting.rowcount > 0
+
+        with make() as first, ThreadPoolExecutor(1) as pool:
+            first.get_one(Order, 0).name = "first"
+            first.flush()
+            waiting = pool.submit(second)
+            try:
+                await eventually(is_waiting)
+                publish(first, "room", {"n": "first"})
+                first.commit()
+            finally:
+                first.close()
+            waiting.result(20)
+        with make() as session:
+            assert session.get_one(Order, 0).name == "second"
+        assert log.read() == ["first", "second"]
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_published_from_before_flush(
+        self, engine: sa.Engine, counter: WakeCounter, first: bool, log: Log
+    ) -> None:
+        statements: list[str] = []
+        event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+        maker = sessionmaker(engine)
+
+        def flushing(session: Session, *_: Any) -> None:
+            publish(session, "room", {"n": len(session.dirty)})
+
+        if first:
+            event.listen(maker, "before_flush", flushing)
+        install(maker, counter.layer)
+        if not first:
+            event.listen(maker, "before_flush", flushing)
+        with maker() as session:
+            session.add(order())
+            publish(session, "room", {"n": "call"})
+            session.commit()
+        assert ["outbox" in statement for statement in statements] == [False, True]
+        assert log.read() == ["call", 0]
+
+
 class TestEvents:
     """Publishing from inside a flush, where nothing may be added to the session."""
 
@@ -670,6 +735,93 @@ class TestEvents:
             publish(session, "room", {"n": "later"})
             session.commit()
         assert log.read() == ["call", "event", "later"]
+
+    def test_from_the_end_of_each_flush(
+        self, make: sessionmaker[Session], log: Log, listen: Callable[..., None]
+    ) -> None:
+        # A commit flushes until nothing is left to be flushed.
+        listen(
+            make, "after_flush_postexec", lambda session, _: publish(session, "room", {"n": "end"})
+        )
+        with make() as session:
+            session.add(order())
+            publish(session, "room", {"n": 1})
+            session.commit()
+            publish(session, "room", {"n": 2})
+            session.commit()
+        assert log.read() == [1, "end", 2]
+
+    def test_a_refusal_before_the_flush_loses_nothing(
+        self, make: sessionmaker[Session], log: Log, listen: Callable[..., None]
+    ) -> None:
+        def refuse(session: Session, *_: Any) -> None:
+            publish(session, "room", {"n": "event"})
+            if any(one.name == "bad" for one in session.new if isinstance(one, Order)):
+                raise Stop
+
+        listen(make, "before_flush", refuse)
+        with make() as session:
+            one = order(name="bad")
+            session.add(one)
+            publish(session, "room", {"n": 1})
+            with pytest.raises(Stop):
+                session.flush()
+            session.expunge(one)
+            session.commit()
+        assert log.read() == [1, "event", "event"]
+
+    def test_a_flush_that_is_left_without_work_loses_nothing(
+        self, make: sessionmaker[Session], log: Log, listen: Callable[..., None]
+    ) -> None:
+        def expunge(session: Session, *_: Any) -> None:
+            for one in session.new:
+                if isinstance(one, Order):
+                    session.expunge(one)
+
+        listen(make, "before_flush", expunge)
+        with make() as session:
+            session.add(order())
+            publish(session, "room", {"n": 1})
+            session.commit()
+        assert log.read() == [1]
+        assert log.orders() == 0
+
+    @pytest.mark.parametrize("name", ["after_flush", "after_flush_postexec"])
+    def test_after_a_flush_that_failed_at_its_end(
+        self,
+        engine: sa.Engine,
+        counter: WakeCounter,
+        log: Log,
+        listen: Callable[..., None],
+        name: str,
+    ) -> None:
+        failures = [Stop()]
+        maker = sessionmaker(engine)
+
+        def flushing(session: Session, *_: Any) -> None:
+            publish(session, "room", {"n": "event"})
+
+        def fail(*_: Any) -> None:
+            if failures:
+                raise failures.pop()
+
+        listen(maker, "before_flush", flushing)
+        if name == "after_flush_postexec":
+            listen(maker, name, fail)
+        install(maker, counter.layer)
+        if name == "after_flush":
+            listen(maker, name, fail)
+        with maker() as session:
+            savepoint = session.begin_nested()
+            session.add(order())
+            publish(session, "room", {"n": 1})
+            with pytest.raises(Stop):
+                session.flush()
+            savepoint.rollback()
+            session.add(order())
+            publish(session, "room", {"n": 2})
+            session.commit()
+        assert log.read() == [2, "event"]
 
     def test_from_before_commit(
         self, make: sessionmaker[Session], log: Log, listen: Callable[..., None]

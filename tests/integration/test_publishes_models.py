@@ -513,6 +513,34 @@ class TestDeletes:
             ("customers:2", "orders.inserted"),
         ]
 
+    def test_an_object_takes_over_the_row_of_an_orphan(
+        self, engine: sa.Engine, make: sessionmaker[Session], log: Log, base: Any
+    ) -> None:
+        class House(base):  # type: ignore[misc]
+            __tablename__ = "houses"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            rooms: Mapped[list[Any]] = relationship("Room", cascade="all, delete-orphan")
+
+        @publishes("rooms:{name}")
+        class Room(base):  # type: ignore[misc]
+            __tablename__ = "rooms"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            house_id: Mapped[int] = mapped_column(sa.ForeignKey("houses.id"))
+            name: Mapped[str]
+
+        base.metadata.create_all(engine)
+        with make() as session:
+            house = House(rooms=[Room(id=1, name="old"), Room(id=2, name="kept")])
+            session.add(house)
+            session.commit()
+            house.rooms = [house.rooms[1], Room(id=1, name="new"), Room(id=3, name="more")]
+            session.commit()
+        assert [(channel, payload["type"]) for channel, payload in log.messages()[2:]] == [
+            ("rooms:old", "rooms.deleted"),
+            ("rooms:new", "rooms.inserted"),
+            ("rooms:more", "rooms.inserted"),
+        ]
+
     def test_a_deferred_column_in_the_channel(
         self, engine: sa.Engine, make: sessionmaker[Session], log: Log, base: Any
     ) -> None:
@@ -588,7 +616,8 @@ class TestFunctions:
         assert [name for name, _ in log.messages()] == expected
 
     @pytest.mark.parametrize(
-        "channel", [lambda change: "no channel", lambda change: [["a"]], lambda change: 1, "{name}"]
+        "channel",
+        [lambda change: "no channel", lambda change: [["a"]], lambda change: 1, "a:{name}"],
     )
     def test_no_channel(
         self, declare: Callable[..., Any], make: sessionmaker[Session], log: Log, channel: Any
@@ -602,6 +631,31 @@ class TestFunctions:
             assert session.scalar(sa.select(sa.func.count()).select_from(thing)) == 0
             session.commit()
         assert log.messages() == []
+
+    def test_a_row_whose_channel_cannot_be(
+        self,
+        declare: Callable[..., Any],
+        make: sessionmaker[Session],
+        engine: sa.Engine,
+        log: Log,
+    ) -> None:
+        thing = declare(["all", "things:{name}"])
+        with engine.begin() as connection:
+            connection.execute(sa.insert(thing), [{"name": "no name"}, {"name": "not one"}])
+        with make() as session:
+            repaired, deleted = session.scalars(sa.select(thing).order_by(thing.id))
+            repaired.name = "name"
+            session.commit()
+            session.delete(deleted)
+            session.commit()
+            repaired.name = "again not"
+            with pytest.raises(InvalidChannel, match="again not"):
+                session.commit()
+        assert [(channel, payload["type"]) for channel, payload in log.messages()] == [
+            ("all", "things.updated"),
+            ("things:name", "things.updated"),
+            ("all", "things.deleted"),
+        ]
 
     @pytest.mark.parametrize("place", ["channel", "payload", "when"])
     def test_an_exception_fails_the_flush(
@@ -947,6 +1001,29 @@ class TestFlushes:
             session.commit()
         assert [channel for channel, _ in log.messages()] == ["room", "customers:1", "room"]
 
+    def test_by_the_same_insert_as_what_was_published(
+        self, orders: sessionmaker[Session], inserts: list[str], log: Log
+    ) -> None:
+        with orders() as session:
+            session.add(Order(customer_id=1))
+            publish(session, "room", {"n": 1})
+            publish(session, "room", {"n": 2})
+            session.commit()
+        assert len(inserts) == 1
+        assert [channel for channel, _ in log.messages()] == ["room", "room", "customers:1"]
+
+    def test_by_connections_of_their_own(
+        self, orders: sessionmaker[Session], engine: sa.Engine, counter: WakeCounter, log: Log
+    ) -> None:
+        other = sa.create_engine(engine.url, poolclass=NullPool)
+        maker = sessionmaker(engine, binds={Base: other})
+        install(maker, counter.layer)
+        with maker() as session:
+            session.add(Order(customer_id=1))
+            publish(session, "room", {"n": 1})
+            session.commit()
+        assert sorted(channel for channel, _ in log.messages()) == ["customers:1", "room"]
+
     def test_sessions_that_were_not_prepared(
         self, orders: sessionmaker[Session], engine: sa.Engine, log: Log
     ) -> None:
@@ -1063,6 +1140,39 @@ class TestBulkSave:
             session.commit()
             assert session.scalars(sa.select(Thing.name)).all() == ["first", "last"]
         assert [channel for channel, _ in log.messages()] == ["things:first", "things:last"]
+
+    def test_after_what_was_published_before(
+        self, orders: sessionmaker[Session], inserts: list[str], log: Log
+    ) -> None:
+        with orders() as session:
+            publish(session, "room", {"n": 1})
+            session.bulk_save_objects([Order(customer_id=1)])
+            assert len(inserts) == 1
+            publish(session, "room", {"n": 2})
+            # It has to come after this one, which may have to wait for the row.
+            session.get_one(Customer, 1).name = "c"
+            publish(session, "room", {"n": 3})
+            session.bulk_save_objects([Order(customer_id=2)])
+            session.commit()
+        assert [payload.get("n", channel) for channel, payload in log.messages()] == [
+            1,
+            "customers:1",
+            2,
+            "customers:2",
+            3,
+        ]
+
+    def test_what_was_published_before_goes_with_the_rows(
+        self, orders: sessionmaker[Session], log: Log
+    ) -> None:
+        with orders() as session:
+            publish(session, "room", {"n": 1})
+            savepoint = session.begin_nested()
+            publish(session, "room", {"n": 2})
+            session.bulk_save_objects([Order(customer_id=1)])
+            savepoint.rollback()
+            session.commit()
+        assert log.read() == [1]
 
     def test_rows_that_fail(self, orders: sessionmaker[Session], log: Log) -> None:
         with orders() as session:

@@ -33,12 +33,14 @@ class TestTemplate:
         [
             ("orders", "orders"),
             ("orders:{a}", "orders:1"),
-            ("{a}{b}{a}", "1two1"),
+            ("x{a}{b}{a}", "x1two1"),
             ("{{{a}}}", "{1}"),
             ("{{a}}", "{a}"),
-            ("{flag}-{colour}", "true-red"),
-            ("{id}", "12345678-1234-5678-1234-567812345678"),
-            ("{none}:{a}", None),
+            ("x-{flag}-{colour}", "x-true-red"),
+            ("id:{id}", "id:12345678-1234-5678-1234-567812345678"),
+            ("x:{none}:{a}", None),
+            ("pgchannels-{a}", "pgchannels-1"),
+            ("pgchannels:everyone", "pgchannels:everyone"),
         ],
     )
     def test_rendered(self, text: str, rendered: str | None) -> None:
@@ -53,7 +55,7 @@ class TestTemplate:
         assert Template(text).render(values.__getitem__) == rendered
 
     def test_attributes(self) -> None:
-        assert Template("{a}:{b}:{{c}}:{a}").attributes == {"a", "b"}
+        assert Template("x:{a}:{b}:{{c}}:{a}").attributes == {"a", "b"}
 
     @pytest.mark.parametrize(
         "text",
@@ -79,10 +81,17 @@ class TestTemplate:
         with pytest.raises(ConfigurationError, match="template"):
             Template(text)
 
+    @pytest.mark.parametrize(
+        "text", ["{a}", "{a}:x", "{a}{b}", "p{a}", "pg{a}:x", "pgchannels{a}", "pgchannels:{a}"]
+    )
+    def test_does_not_begin_with_a_word_of_its_own(self, text: str) -> None:
+        with pytest.raises(ConfigurationError, match="begin with a word of its own"):
+            Template(text)
+
     @pytest.mark.parametrize("value", [b"x", bytearray(b"x"), memoryview(b"x")])
     def test_bytes_are_no_text(self, value: Any) -> None:
         with pytest.raises(InvalidChannel, match="bytes"):
-            Template("{a}").render(lambda _: value)
+            Template("x{a}").render(lambda _: value)
 
 
 class TestChange:
@@ -155,7 +164,9 @@ class TestDecorating:
     @pytest.mark.parametrize(
         ("channel", "options"),
         [
-            ("{a.b}", {}),
+            ("orders:{a.b}", {}),
+            ("{id}", {}),
+            (["orders", "{id}"], {}),
             ([], {}),
             ([1], {}),
             (awaitable, {}),
