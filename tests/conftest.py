@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -129,3 +130,17 @@ async def _task_guard() -> AsyncIterator[None]:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
     pytest.fail("tasks left running:\n" + "\n".join(map(repr, left)))
+
+
+@pytest.fixture(autouse=True)
+def _no_waker_left() -> Iterator[None]:
+    """End the threads that tell nodes of commits; they would live on for a minute, in other tests."""
+    yield
+    loaded = sys.modules.get("pgchannels.waker")
+    if loaded is not None:
+        threads = [waker.stop() for waker in loaded._wakers.values()]
+        loaded._wakers.clear()
+        for thread in threads:
+            if thread is not None:
+                thread.join(20)
+                assert not thread.is_alive()

@@ -59,8 +59,9 @@ def waker(proxy: TcpProxy) -> Iterator[Waker]:
 
 @pytest.fixture(autouse=True)
 def _no_thread_left() -> Iterator[None]:
+    before = set(threading.enumerate())
     yield
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - before:
         if thread.name == "pgchannels waker":
             thread.join(10)
             assert not thread.is_alive()

@@ -376,6 +376,8 @@ class Worker:
                 if found.orders:
                     found.orders.pop(number % len(found.orders))
             case _:
+                if what == "bulk update":
+                    session.flush()  # or it could take one that is about to be deleted
                 orders = session.scalars(sa.select(Order).order_by(Order.id)).all()
                 if orders:
                     self.change(what, orders[number % len(orders)], customer, number)
@@ -394,7 +396,6 @@ class Worker:
             case "delete":
                 self.session.delete(one)
             case "bulk update":
-                self.session.flush()
                 self.session.expunge(one)
                 one.count += 1
                 self.session.bulk_save_objects([one])
