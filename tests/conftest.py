@@ -134,7 +134,7 @@ async def _task_guard() -> AsyncIterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_waker_left() -> Iterator[None]:
-    """End the threads that tell nodes of commits; they would live on for a minute, in other tests."""
+    """End the threads that tell nodes of commits; they would live on, in other tests."""
     yield
     loaded = sys.modules.get("pgchannels.waker")
     if loaded is not None:
