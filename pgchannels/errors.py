@@ -7,7 +7,10 @@
      │   └─ SchemaError             the database is not at the revision that this code needs
      ├─ ChannelLayerClosed          the layer is not open (any more)
      ├─ ChannelFull                 as many messages wait to be received as the channel may hold
+ ├─ TooManyConnections          of this user, on this node, or in all
+ ├─ GroupFull                   as many connections are in the group as may be
      ├─ FollowerLost                another one reads as this durable reader now
+ ├─ SlowConsumer                a stream's buffer was full, and that was to be its end
      ├─ InvalidFilter               not an expression that messages can be chosen by
      ├─ InvalidMessage              refused before anything was written
      │   ├─ InvalidChannel
@@ -27,6 +30,7 @@ The causes (driver errors) are chained as ``__cause__``.
 from __future__ import annotations
 
 import logging
+from typing import ClassVar, Literal
 
 __all__ = [
     "ChannelFull",
@@ -36,6 +40,7 @@ __all__ = [
     "DatabaseUnavailable",
     "EmbeddedPostgresError",
     "FollowerLost",
+    "GroupFull",
     "InvalidChannel",
     "InvalidFilter",
     "InvalidMessage",
@@ -45,6 +50,8 @@ __all__ = [
     "MessageTooLarge",
     "PGChannelsError",
     "SchemaError",
+    "SlowConsumer",
+    "TooManyConnections",
     "UnknownPosition",
 ]
 
@@ -111,6 +118,57 @@ class ChannelFull(PGChannelsError):
 
     def __str__(self) -> str:
         return f"channel {self.channel!r} is full: {self.capacity} messages wait to be received"
+
+
+class TooManyConnections(PGChannelsError):
+    """A connection was refused: as many are there as may be.
+
+    Attributes:
+        scope: ``"user"``, ``"node"`` or ``"total"``: of what there are too many.
+        limit: how many may be there.
+    """
+
+    _WHERE: ClassVar = {"user": "of this user", "node": "on this server", "total": "in all"}
+
+    def __init__(self, scope: Literal["user", "node", "total"], limit: int) -> None:
+        self.scope = scope
+        self.limit = limit
+        super().__init__(scope, limit)
+
+    def __str__(self) -> str:
+        return f"too many connections: at most {self.limit} {self._WHERE[self.scope]} are allowed"
+
+
+class GroupFull(PGChannelsError):
+    """A channel did not become a member: as many connections are in the group as may be.
+
+    Attributes:
+        group: which.
+        limit: how many may be there.
+    """
+
+    def __init__(self, group: str, limit: int) -> None:
+        self.group = group
+        self.limit = limit
+        super().__init__(group, limit)
+
+    def __str__(self) -> str:
+        return f"group {self.group!r} is full: it has {self.limit} members"
+
+
+class SlowConsumer(PGChannelsError):
+    """A stream with ``overflow="disconnect"`` has ended: its consumer did not keep up.
+
+    Attributes:
+        pending: messages that were waiting, and are dropped; the log still has those it stores.
+    """
+
+    def __init__(self, pending: int) -> None:
+        self.pending = pending
+        super().__init__(pending)
+
+    def __str__(self) -> str:
+        return f"the consumer did not keep up: {self.pending} messages were waiting"
 
 
 class FollowerLost(PGChannelsError):

@@ -4,21 +4,45 @@ from __future__ import annotations
 
 __all__ = [
     "ABNORMAL",
+    "FORBIDDEN",
     "INTERNAL_ERROR",
     "NORMAL",
     "OURS",
     "POLICY_VIOLATION",
+    "SENDABLE",
     "SERVICE_RESTART",
+    "TIMEOUT",
+    "TOO_BIG",
     "TRY_AGAIN_LATER",
+    "UNAUTHORIZED",
 ]
 
 # RFC 6455, section 7.4.1, and the registry that it founds. 1005 and 1006 may not be sent.
 NORMAL = 1000
 ABNORMAL = 1006
 POLICY_VIOLATION = 1008
+TOO_BIG = 1009
 INTERNAL_ERROR = 1011
 SERVICE_RESTART = 1012
 TRY_AGAIN_LATER = 1013
+# Registered with IANA by applications, with the meanings of HTTP's 401, 403 and 408.
+UNAUTHORIZED = 3000
+FORBIDDEN = 3003
+TIMEOUT = 3008
 
-OURS = frozenset({POLICY_VIOLATION, INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER})
+OURS = frozenset(
+    {
+        POLICY_VIOLATION,
+        TOO_BIG,
+        INTERNAL_ERROR,
+        SERVICE_RESTART,
+        TRY_AGAIN_LATER,
+        UNAUTHORIZED,
+        FORBIDDEN,
+        TIMEOUT,
+    }
+)
 """Those that are a consumer's own to close with, without its subclass having asked for it."""
+
+SENDABLE = frozenset({*range(1000, 1004), *range(1007, 1012), 1012, 1013, 1014, *range(3000, 5000)})
+"""What may be sent. Not 1004, 1005, 1006 and 1015, which are reserved (RFC 6455, 7.4.1)."""
