@@ -32,6 +32,7 @@ from pgchannels.follower import Batch, Follower
 from pgchannels.layer import ChannelLayer
 from pgchannels.memory import MemoryLayer
 from pgchannels.messages import BEGINNING, Message, Position
+from pgchannels.overflow import Overflow
 from pgchannels.payloads import Serializer
 from pgchannels.postgres import PostgresLayer
 from pgchannels.records import FollowerStatus, HistoryPage, Present, Receipt
@@ -62,6 +63,7 @@ __all__ = [
     "MemoryLayer",
     "Message",
     "MessageTooLarge",
+    "Overflow",
     "PGChannelsError",
     "Position",
     "PostgresLayer",

@@ -53,6 +53,7 @@ from pgchannels.settings import Settings
 
 if TYPE_CHECKING:
     from pgchannels.follower import Follower
+    from pgchannels.overflow import Overflow
     from pgchannels.stream import Stream
 
 __all__ = ["MAX_HISTORY", "ChannelLayer", "outgoing"]
@@ -296,6 +297,7 @@ class ChannelLayer(ABC):
         since: datetime | None = None,
         filter: str | None = None,
         member: str | None = None,
+        overflow: Overflow | str | None = None,
     ) -> Stream:
         """Read channels: everything after a position, then live. See :class:`Stream`.
 
@@ -312,9 +314,13 @@ class ChannelLayer(ABC):
             member: a channel of this layer's :meth:`new_channel`, to be read as: the stream also
                 has what is sent to it, alone or among others, to its user, to everyone, and to the
                 groups that it is a member of, whoever has added it; and lacks what excludes it.
+            overflow: what to do when the consumer is too slow, see :class:`~pgchannels.Overflow`;
+                a policy's name alone for default bounds. By default nothing is lost: the stream
+                goes back to reading the log.
 
         Raises:
             InvalidChannel, InvalidPosition, InvalidFilter: at once.
+            ConfigurationError: at once, for an *overflow* that cannot be.
             ValueError: at once, for both *after* and *since*, or a time without time zone.
             UnknownPosition: on entering, for a position that this log has never reached.
             DatabaseUnavailable: on entering, if that, or what was when, cannot be looked up.

@@ -21,6 +21,7 @@ from pgchannels.member import Member
 from pgchannels.memory_follower import MemoryFollower, statuses
 from pgchannels.memory_log import MemoryLog
 from pgchannels.messages import Message, Position
+from pgchannels.overflow import Overflow
 from pgchannels.payloads import DEFAULT, Serializer
 from pgchannels.records import (
     FollowerStatus,
@@ -105,6 +106,7 @@ class MemoryLayer(ChannelLayer):
         since: datetime | None = None,
         filter: str | None = None,
         member: str | None = None,
+        overflow: Overflow | str | None = None,
     ) -> Stream:
         node = self._opened
         return Stream(
@@ -112,6 +114,7 @@ class MemoryLayer(ChannelLayer):
             after,
             since=since,
             filter=filter,
+            overflow=overflow,
             source=node,
             settings=self.settings,
             streams=node.streams,

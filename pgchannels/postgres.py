@@ -14,6 +14,7 @@ from pgchannels.follower import Follower
 from pgchannels.layer import ChannelLayer, check_owner, encode_metadata
 from pgchannels.messages import Message, Position
 from pgchannels.node import Node
+from pgchannels.overflow import Overflow
 from pgchannels.payloads import DEFAULT, Serializer
 from pgchannels.postgres_follower import PostgresFollower, follower_statuses, forget_follower
 from pgchannels.records import FollowerStatus, LogPage, Outgoing, PresenceBy, Present, Receipt
@@ -107,6 +108,7 @@ class PostgresLayer(ChannelLayer):
         since: datetime | None = None,
         filter: str | None = None,
         member: str | None = None,
+        overflow: Overflow | str | None = None,
     ) -> Stream:
         node = self._opened
         return Stream(
@@ -114,6 +116,7 @@ class PostgresLayer(ChannelLayer):
             after,
             since=since,
             filter=filter,
+            overflow=overflow,
             source=node.hub,
             settings=self.settings,
             streams=node.streams,

@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from pgchannels.backoff import Backoff
 from pgchannels.channels import check_channel
-from pgchannels.errors import ChannelLayerClosed, DatabaseUnavailable, UnknownPosition
+from pgchannels.errors import (
+    ChannelLayerClosed,
+    DatabaseUnavailable,
+    SlowConsumer,
+    UnknownPosition,
+)
 from pgchannels.filters import Filter
 from pgchannels.messages import BEGINNING, Message, Position, parse_start
+from pgchannels.overflow import Overflow
 from pgchannels.records import Head, LogPage
 from pgchannels.subscription import Read, State, Subscription
 
@@ -80,8 +86,9 @@ class Stream:
                 ...
 
     A consumer that is slow costs a bounded buffer: when it is full, the stream goes back to reading
-    the log at the consumer's pace, and nothing is lost. While the database is away it waits.
-    Iteration ends when the layer is closed.
+    the log at the consumer's pace, and nothing is lost; or it does what ``overflow=`` says. What
+    has been taken from the buffer is delivered in any case: a batch, and iteration takes a batch at
+    a time. While the database is away it waits. Iteration ends when the layer is closed.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class Stream:
         *,
         since: datetime | None = None,
         filter: str | None = None,
+        overflow: Overflow | str | None = None,
         source: Source,
         settings: Settings,
         streams: set[Stream],
@@ -105,9 +113,14 @@ class Stream:
         self._name = None if member is None else member.name
         # Channels that are read because somebody said so, and not because of a membership.
         self._asked_for = set(self._initial)
+        self._overflow = overflow = Overflow.parse(overflow)
         self._subscription = Subscription(
-            max_messages=settings.buffer_size, max_bytes=settings.buffer_bytes
+            max_messages=overflow.max_messages or settings.buffer_size,
+            max_bytes=overflow.max_bytes or settings.buffer_bytes,
+            policy=overflow.policy,
+            key=None if overflow.key is None else self._key_of,
         )
+        self._told_key = False
         self._wakeup: asyncio.Future[None] | None = None
         self._ephemeral: list[Message] = []
         self._ready: deque[Message] = deque()
@@ -132,8 +145,29 @@ class Stream:
 
     @property
     def state(self) -> State:
-        """LIVE, or REPLAYING while messages are being read from the log."""
+        """LIVE, or REPLAYING while messages are being read from the log; ENDED by overflow."""
         return self._subscription.state
+
+    @property
+    def dropped(self) -> int:
+        """Messages lost because the consumer was too slow, since the beginning of the stream.
+
+        Not those of channels that were left, nor ephemeral ones.
+        """
+        return self._subscription.dropped
+
+    @property
+    def replaced(self) -> int:
+        """Messages for which a later one with the same key was given, likewise."""
+        return self._subscription.replaced
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the stream has ended with, as soon as it has; ``batch()`` raises it.
+
+        For who watches a consumer that may be stuck, and does not come to take anything.
+        """
+        return self._error
 
     @property
     def pending(self) -> int:
@@ -274,6 +308,8 @@ class Stream:
 
         Raises:
             ChannelLayerClosed: when the stream or its layer has been closed.
+            SlowConsumer: the policy is "disconnect", and more messages were waiting than may. The
+                last position is good to resume from.
             UnknownPosition: the log has been rewritten (a backup restored, say) and no longer
                 holds what has been read. Load the state anew.
             DatabaseError: the log cannot be read, for another reason than that it is away.
@@ -331,6 +367,19 @@ class Stream:
         self._subscription.add(channel, after, self._source.cursor)
         self._wake()
 
+    def _key_of(self, message: Message) -> Hashable:
+        """The key by which a later message replaces this one; None if nothing is to."""
+        assert self._overflow.key is not None
+        try:
+            key = self._overflow.key(message)
+            hash(key)
+        except Exception:  # the source has other subscribers, too
+            if not self._told_key:
+                self._told_key = True
+                logger.warning("no key for %r, which is not replaced", message, exc_info=True)
+            return None
+        return key
+
     def _offer_ephemeral(self, message: Message) -> bool:
         """Take what is for those who are there: live, and not behind."""
         if self.state is not State.LIVE or len(self._ephemeral) >= _MAX_EPHEMERAL:
@@ -387,5 +436,10 @@ class Stream:
         return found
 
     def _wake(self) -> None:
+        if self._subscription.state is State.ENDED and not self._closed:
+            # Not close(): the source is going through its subscribers, and this is one of them.
+            self._error = SlowConsumer(self._subscription.dropped + len(self._ephemeral))
+            self._ephemeral.clear()
+            self._closed = True
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)

@@ -6,11 +6,13 @@ No I/O, no clock, no tasks: :class:`~pgchannels.stream.Stream` acts on what is d
 
     REPLAYING ── page reaches the hub's cursor ──▶ LIVE
     LIVE ── what waits outgrows its bound ──▶ REPLAYING from just before what waited
+                                               (or: LIVE without the oldest; ENDED)
 
-Resuming after a reconnect and falling behind are one thing: what cannot be kept is read again from
-the log. The hub promises to offer every message with an id above its cursor; the log holds every
-message at or below it. So a reader that has read up to the hub's cursor is live, and has missed
-nothing and had nothing twice.
+What comes of what outgrows its bound is the reader's choice, see :mod:`pgchannels.overflow`. By
+default, resuming after a reconnect and falling behind are one thing: what cannot be kept is read
+again from the log. The hub promises to offer every message with an id above its cursor; the log
+holds every message at or below it. So a reader that has read up to the hub's cursor is live, and
+has missed nothing and had nothing twice.
 
 A channel may join a reader that is under way, with a position of its own. It is then read alone
 (*joining*) until it has come as far as the others, and merged.
@@ -18,12 +20,13 @@ A channel may join a reader that is under way, with a position of its own. It is
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
 from pgchannels.messages import Message
+from pgchannels.overflow import Policy
 
 __all__ = ["Read", "State", "Subscription"]
 
@@ -31,6 +34,8 @@ __all__ = ["Read", "State", "Subscription"]
 class State(Enum):
     REPLAYING = "replaying"
     LIVE = "live"
+    ENDED = "ended"
+    """By the policy "disconnect": it gives nothing any more, and takes nothing."""
 
 
 class Read(NamedTuple):
@@ -45,18 +50,35 @@ class Subscription:
 
     Args:
         max_messages: messages that may wait while live.
-        max_bytes: bytes of payload that may.
+        max_bytes: bytes of payload that may. A message that waits alone may have more, if the
+            policy is not ``"replay"``.
+        policy: what to do when there are more.
+        key: of a message, for ``"latest_by_key"``; None for one that is not to be replaced. Must
+            not raise.
 
     Ids given as *after* are exclusive; -1 means from the beginning of what is retained, so that
     nothing before it can count as missed.
     """
 
-    def __init__(self, *, max_messages: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_messages: int,
+        max_bytes: int,
+        policy: Policy = "replay",
+        key: Callable[[Message], Hashable] | None = None,
+    ) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
+        self._policy = policy
+        self._key = key
         self.state = State.LIVE
         self.truncated = False
         """Retention has removed messages that this reader had still to get. Sticks until reset."""
+        self.dropped = 0
+        """Messages that are lost, for they were too many."""
+        self.replaced = 0
+        """Messages that a later one with the same key has taken the place of."""
         self._channels: set[str] = set()
         self._joining: dict[str, int] = {}
         # While replaying: everything up to here, of the merged channels, has been paged in. While
@@ -65,7 +87,11 @@ class Subscription:
         # Merged channels that have been read further than _cursor, by themselves.
         self._ahead: dict[str, int] = {}
         self._page: list[Message] = []
-        self._waiting: deque[Message] = deque()
+        # By id or key, in the order of their ids. A plain dict is faster, but to take many from its
+        # front one by one is quadratic.
+        self._waiting: dict[Hashable, Message] = (
+            OrderedDict() if policy in ("drop_oldest", "latest_by_key") else {}
+        )
         self._waiting_bytes = 0
 
     @property
@@ -84,6 +110,8 @@ class Subscription:
 
         From before this call on, the hub must offer the channel's messages above *hub_cursor*.
         """
+        if self.state is State.ENDED:
+            return
         start = hub_cursor if after is None else after
         self.discard(channel)
         if not self._channels and not self._joining:
@@ -101,27 +129,29 @@ class Subscription:
         self._joining.pop(channel, None)
         self._ahead.pop(channel, None)
         self._page = [message for message in self._page if message.channel != channel]
-        self._waiting = deque(m for m in self._waiting if m.channel != channel)
-        self._waiting_bytes = sum(message.size for message in self._waiting)
+        for place in [p for p, m in self._waiting.items() if m.channel == channel]:
+            self._waiting_bytes -= self._waiting.pop(place).size
 
     def offer(self, message: Message) -> bool:
         """Take a message from the hub; say whether there is now something to do."""
         if (
-            self.state is State.REPLAYING
+            self.state is not State.LIVE
             or message.id <= self._cursor
             or message.channel not in self._channels
             or message.id <= self._ahead.get(message.channel, -1)
         ):
             return False  # it has been read from the log, or it will be
-        self._waiting.append(message)
+        place: Hashable = message.id
+        if self._key is not None and (key := self._key(message)) is not None:
+            place = message.channel, key
+            if (earlier := self._waiting.pop(place, None)) is not None:
+                self._waiting_bytes -= earlier.size
+                self.replaced += 1
+        self._waiting[place] = message
         self._waiting_bytes += message.size
         self._cursor = message.id
         if len(self._waiting) > self._max_messages or self._waiting_bytes > self._max_bytes:
-            # Everything before the first that waits has been handed on, so go back to there.
-            self._cursor = self._waiting[0].id - 1
-            self._waiting.clear()
-            self._waiting_bytes = 0
-            self.state = State.REPLAYING
+            self._overflow()
         return True
 
     def missed(self, floor: int) -> None:
@@ -133,7 +163,7 @@ class Subscription:
 
     def next_read(self) -> Read | None:
         """The page that is needed now; None while one is still to be taken, or if live."""
-        if self._page:
+        if self._page or self.state is State.ENDED:
             return None
         if self._joining:
             channel, after = next(iter(self._joining.items()))
@@ -154,6 +184,8 @@ class Subscription:
             floor: the last id that retention may have removed, when the page was read.
             hub_cursor: the hub's cursor now.
         """
+        if self.state is State.ENDED:
+            return
         # A page of several channels was asked for before any of them left to join again.
         joining = len(read.channels) == 1 and self._joining.get(read.channels[0]) == read.after
         if not joining and (self.state is State.LIVE or self._cursor != read.after):
@@ -195,14 +227,38 @@ class Subscription:
         """Everything that is held, in order; empty if nothing is."""
         taken = self._page
         if self._waiting:
-            taken = [*taken, *self._waiting]
-            self._waiting.clear()
-            self._waiting_bytes = 0
+            taken = [*taken, *self._waiting.values()]
+            self._clear()
         self._page = []
         if self._ahead:
             cursor = self._cursor
             self._ahead = {name: id for name, id in self._ahead.items() if id > cursor}
         return taken
+
+    def _overflow(self) -> None:
+        if self._policy == "replay":
+            # Everything before the first that waits has been handed on, so go back to there.
+            self._cursor = next(iter(self._waiting.values())).id - 1
+            self._clear()
+            self.state = State.REPLAYING
+        elif len(self._waiting) == 1:
+            pass  # larger than all that may wait; no consumer is too slow for that
+        elif self._policy == "disconnect":
+            self.dropped += len(self)
+            self._page = []
+            self._clear()
+            self.state = State.ENDED
+        else:
+            while len(self._waiting) > self._max_messages or (
+                self._waiting_bytes > self._max_bytes and len(self._waiting) > 1
+            ):
+                oldest = self._waiting.pop(next(iter(self._waiting)))
+                self._waiting_bytes -= oldest.size
+                self.dropped += 1
+
+    def _clear(self) -> None:
+        self._waiting.clear()
+        self._waiting_bytes = 0
 
     def _merge_or_join(self, channel: str, start: int, hub_cursor: int) -> None:
         reached = max(self._cursor, hub_cursor) if self.state is State.LIVE else self._cursor
