@@ -26,6 +26,7 @@ from pgchannels.testing.channels import GroupTests
 from pgchannels.testing.ephemeral import EphemeralTests
 from pgchannels.testing.following import FollowingTests
 from pgchannels.testing.lifecycle import LifecycleTests
+from pgchannels.testing.overflowing import OverflowTests
 from pgchannels.testing.presence import PresenceTests
 from pgchannels.testing.reading import HistoryTests, StreamTests
 from pgchannels.testing.receiving import CapacityTests, ReceivingTests
@@ -43,6 +44,7 @@ class ChannelLayerSuite(
     HistoryTests,
     SinceTests,
     FilterTests,
+    OverflowTests,
     ReceivingTests,
     CapacityTests,
     GroupTests,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 )
 
 from pgchannels.messages import Message
+from pgchannels.overflow import Policy
 from pgchannels.subscription import Read, State, Subscription
 
 CHANNELS = ("a", "b", "c", "d")
@@ -83,17 +84,24 @@ class Reader:
     delivered: list[int] = field(default_factory=list)
     told: bool = False
     """`truncated` has been seen since this channel was added."""
+    taken_in: set[int] = field(default_factory=set)
+    """By an offer. Only these may be lost by a policy that drops or replaces."""
 
 
 class SubscriptionMachine(RuleBasedStateMachine):
     """A log, a hub that follows it, one subscription, and at most one page on its way."""
+
+    policy: Policy = "replay"
+    key: Callable[[Message], Hashable] | None = None
 
     @initialize(
         max_messages=st.integers(1, 4), max_bytes=st.integers(5, 40), page_size=st.integers(1, 4)
     )
     def begin(self, max_messages: int, max_bytes: int, page_size: int) -> None:
         self.max_messages, self.max_bytes, self.page_size = max_messages, max_bytes, page_size
-        self.subscription = Subscription(max_messages=max_messages, max_bytes=max_bytes)
+        self.subscription = Subscription(
+            max_messages=max_messages, max_bytes=max_bytes, policy=self.policy, key=self.key
+        )
         self.log: list[Message] = []
         self.floor = 0
         self.hub_cursor = 0
@@ -195,7 +203,8 @@ class SubscriptionMachine(RuleBasedStateMachine):
     def take(self) -> None:
         messages = self.subscription.take()
         assert not len(self.subscription)
-        assert sum(m.size for m in messages) <= self.page_size * MAX_SIZE + self.max_bytes
+        waiting = max(self.max_bytes, MAX_SIZE)  # one alone may be larger
+        assert sum(m.size for m in messages) <= self.page_size * MAX_SIZE + waiting
         if self.subscription.truncated:
             for reader in self.readers.values():
                 reader.told = True
@@ -255,6 +264,7 @@ class SubscriptionMachine(RuleBasedStateMachine):
         held, read = len(self.subscription), self.subscription.next_read()
         something_to_do = self.subscription.offer(message)
         if something_to_do:
+            self.readers[message.channel].taken_in.add(message.id)
             assert len(self.subscription) or self.subscription.next_read()
         else:
             # Nobody is woken for it, so nothing may wait that did not wait before.
@@ -308,6 +318,8 @@ class SubscriptionMachine(RuleBasedStateMachine):
 
     def _check_gap(self, channel: str, reader: Reader, upto: int) -> None:
         missing = [m.id for m in self.log[max(reader.last, 0) : upto] if m.channel == channel]
+        if self.policy != "replay":
+            missing = [id for id in missing if id not in reader.taken_in]
         assert all(id <= self.floor for id in missing), f"{channel} lacks {missing}"
         if missing and reader.last >= 0:
             assert reader.told or self.subscription.truncated, f"{missing} gone without a word"
@@ -322,11 +334,30 @@ class SubscriptionMachine(RuleBasedStateMachine):
             self.merged_last = -1
 
 
-def test_each_message_once_in_order_and_nothing_lost() -> None:
+class DropOldestMachine(SubscriptionMachine):
+    policy = "drop_oldest"
+
+
+class LatestByKeyMachine(SubscriptionMachine):
+    policy = "latest_by_key"
+
+    @staticmethod
+    def key(message: Message) -> int | None:
+        return message.size % 3 or None
+
+
+@pytest.mark.parametrize(
+    ("machine", "examples"),
+    [(SubscriptionMachine, 400), (DropOldestMachine, 100), (LatestByKeyMachine, 100)],
+)
+def test_each_message_once_in_order_and_nothing_lost(
+    machine: type[SubscriptionMachine], examples: int
+) -> None:
+    """By a policy that drops, nothing that is read from the log."""
     run_state_machine_as_test(
-        SubscriptionMachine,
+        machine,
         settings=settings(
-            max_examples=400,
+            max_examples=examples,
             stateful_step_count=60,
             deadline=None,
             phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
@@ -335,13 +366,20 @@ def test_each_message_once_in_order_and_nothing_lost() -> None:
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_same_in_many_more_ways(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "seed", "times"),
+    [
+        *((SubscriptionMachine, seed, 4000) for seed in range(4)),
+        (DropOldestMachine, 4, 1500),
+        (LatestByKeyMachine, 5, 1500),
+    ],
+)
+def test_the_same_in_many_more_ways(kind: type[SubscriptionMachine], seed: int, times: int) -> None:
     """Hypothesis finds the short counterexamples; this tries a hundred times as many long ones."""
     draw = random.Random(seed)
     names = [name for name in RULES for _ in range(LIKELY.get(name, 1))]
-    for _ in range(4000):
-        machine = SubscriptionMachine()
+    for _ in range(times):
+        machine = kind()
         steps = [f"begin{(begin := (draw.randint(1, 4), draw.randint(5, 40), draw.randint(1, 4)))}"]
         machine.begin(*begin)
         try:
