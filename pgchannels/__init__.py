@@ -35,6 +35,7 @@ from pgchannels.messages import BEGINNING, Message, Position
 from pgchannels.overflow import Overflow
 from pgchannels.payloads import Serializer
 from pgchannels.postgres import PostgresLayer
+from pgchannels.rates import Admission, FixedWindow, TokenBucket
 from pgchannels.records import FollowerStatus, HistoryPage, Present, Receipt
 from pgchannels.settings import Settings
 from pgchannels.stream import Stream
@@ -42,6 +43,7 @@ from pgchannels.stream import Stream
 __all__ = [
     "BEGINNING",
     "EVERYONE",
+    "Admission",
     "Batch",
     "ChannelFull",
     "ChannelLayer",
@@ -49,6 +51,7 @@ __all__ = [
     "ConfigurationError",
     "DatabaseError",
     "DatabaseUnavailable",
+    "FixedWindow",
     "Follower",
     "FollowerLost",
     "FollowerStatus",
@@ -74,6 +77,7 @@ __all__ = [
     "Settings",
     "SlowConsumer",
     "Stream",
+    "TokenBucket",
     "TooManyConnections",
     "UnknownPosition",
     "forget_channel_layers",
