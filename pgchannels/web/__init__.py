@@ -4,15 +4,22 @@ from pgchannels.web.bytes_consumer import BytesConsumer
 from pgchannels.web.consumer import WebSocketConsumer
 from pgchannels.web.handlers import handles, receives
 from pgchannels.web.history import channels_router
+from pgchannels.web.incoming import Frame
 from pgchannels.web.json_consumer import JsonConsumer
 from pgchannels.web.lifespan import lifespan
+from pgchannels.web.middleware import Chain, Middleware, inbound, outbound
 
 __all__ = [
     "BytesConsumer",
+    "Chain",
+    "Frame",
     "JsonConsumer",
+    "Middleware",
     "WebSocketConsumer",
     "channels_router",
     "handles",
+    "inbound",
     "lifespan",
+    "outbound",
     "receives",
 ]

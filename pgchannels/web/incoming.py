@@ -1,0 +1,115 @@
+"""What a client has sent: one text or binary frame, parsed when somebody asks, and once."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import orjson
+
+from pgchannels.web.errors import ValidationFailed
+from pgchannels.web.frames import encode_json
+
+__all__ = ["Frame"]
+
+_NOTHING: Any = object()
+
+
+class Frame:
+    """One frame of a client. It does not change; :meth:`replace` makes another one.
+
+    Equal to frames with the same text or the same bytes.
+    """
+
+    __slots__ = ("_content", "_error", "_raw", "_size")
+
+    def __init__(self, raw: str | bytes) -> None:
+        self._raw = raw
+        self._content: Any = _NOTHING
+        self._error: str | None = None
+        self._size: int | None = None
+
+    @property
+    def raw(self) -> str | bytes:
+        """As it was sent: a str for a text frame, bytes for a binary one."""
+        return self._raw
+
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self._raw, str)
+
+    @property
+    def size(self) -> int:
+        """Bytes, of a text in UTF-8."""
+        if self._size is None:
+            raw = self._raw
+            if isinstance(raw, str):
+                # Half of a pair counts as three bytes. A server lets none in (RFC 6455, 8.1); an
+                # application or a test may make one.
+                raw_size = len(raw) if raw.isascii() else len(raw.encode(errors="surrogatepass"))
+            else:
+                raw_size = len(raw)
+            self._size = raw_size
+        return self._size
+
+    def json(self) -> Any:
+        """The content, of text or bytes in UTF-8. It is shared by all who ask: do not change it.
+
+        What is not JSON by RFC 8259 is refused: NaN, a number that is infinite as a double, half of
+        a surrogate pair, arrays and objects that are more than 1024 levels deep.
+
+        Raises:
+            ValidationFailed: ``invalid_json``.
+        """
+        if self._content is _NOTHING and self._error is None:
+            try:
+                self._content = orjson.loads(self._raw)
+            except orjson.JSONDecodeError as error:
+                self._error = str(error)
+        if self._error is not None:
+            raise ValidationFailed(self._error, code="invalid_json")
+        return self._content
+
+    @property
+    def type(self) -> str | None:
+        """The content's ``"type"``, if it is an object and that is a string. Parses the content."""
+        try:
+            content = self.json()
+        except ValidationFailed:
+            return None
+        kind = content.get("type") if isinstance(content, dict) else None
+        return kind if isinstance(kind, str) else None
+
+    @overload
+    def replace(self, raw: str | bytes) -> Frame: ...
+
+    @overload
+    def replace(self, *, content: Any) -> Frame: ...
+
+    def replace(self, raw: str | bytes | None = None, *, content: Any = _NOTHING) -> Frame:
+        """Another frame in the place of this one.
+
+        Args:
+            raw: what it is; or
+            content: what it says, as JSON, also with pydantic models in it. It becomes a text frame
+                if this is one, else a binary one.
+
+        Raises:
+            TypeError: both, or neither; or a *content* that JSON cannot carry.
+            InvalidPayload: a *content* that is nested too deep.
+        """
+        if (raw is None) == (content is _NOTHING):
+            raise TypeError("replace() takes either raw or content=")
+        if raw is None:
+            text = encode_json(content)
+            raw = text if self.is_text else text.encode()
+        return Frame(raw)
+
+    def __eq__(self, other: object) -> bool:
+        return self._raw == other._raw if isinstance(other, Frame) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._raw)
+
+    def __repr__(self) -> str:
+        # Not what is in it: that is nobody's business who reads a log.
+        return f"<Frame {'text' if self.is_text else 'binary'} {self.size} bytes>"
