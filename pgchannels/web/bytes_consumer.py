@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pgchannels.web.consumer import WebSocketConsumer
+from pgchannels.web.errors import ValidationFailed
 from pgchannels.web.frames import unwrapped
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class BytesConsumer(WebSocketConsumer):
     async def __anext__(self) -> bytes:
         """What the client sends."""
         while True:
-            frame = await self._receive_frame()
-            if isinstance(frame, bytes):
-                return frame
-            await self._send_error("invalid_frame", "expected a binary frame, not text")
+            raw = (await self._receive_frame()).raw
+            if isinstance(raw, bytes):
+                return raw
+            detail = "expected a binary frame, not text"
+            await self._tell(ValidationFailed(detail, code="invalid_frame"))

@@ -8,51 +8,35 @@ them fails, all end, and the socket is closed with a code: it is never left open
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from inspect import Parameter, iscoroutinefunction
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import anyio
 from pydantic import ValidationError
-from starlette.exceptions import WebSocketException
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.exceptions import HTTPException
+from starlette.websockets import WebSocket
 
-from pgchannels.errors import (
-    ChannelLayerClosed,
-    ConfigurationError,
-    DatabaseUnavailable,
-    UnknownPosition,
-)
+from pgchannels.errors import ConfigurationError
 from pgchannels.messages import FRAME
 from pgchannels.web.annotations import defining_namespace, parameters
-from pgchannels.web.channel_socket import ChannelSocket
-from pgchannels.web.codes import (
-    ABNORMAL,
-    INTERNAL_ERROR,
-    NORMAL,
-    OURS,
-    POLICY_VIOLATION,
-    SERVICE_RESTART,
-    TRY_AGAIN_LATER,
-)
+from pgchannels.web.connection import Connection, Refused
 from pgchannels.web.endpoint import make_endpoint
-from pgchannels.web.frames import unwrapped
 from pgchannels.web.handlers import EventHandlers, Handler, find_events, find_receivers
-from pgchannels.web.tasks import SocketTasks
+from pgchannels.web.refusal import refuse
 from pgchannels.web.validation import problems
+from pgchannels.web.wire import CLOSING_TIME
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pgchannels.layer import ChannelLayer
     from pgchannels.messages import Message
+    from pgchannels.web.connections import ConnectionManager
 
 __all__ = ["WebSocketConsumer"]
 
 logger = logging.getLogger("pgchannels.web")
-
-# Seconds that disconnect() may take, and the removal of the channel.
-DISCONNECT_TIME = 5.0
 
 
 class _Connect(NamedTuple):
@@ -60,7 +44,7 @@ class _Connect(NamedTuple):
     parameters: Sequence[Parameter]
 
 
-class WebSocketConsumer(ChannelSocket):
+class WebSocketConsumer(Connection):
     """One socket. Subclass it and override what you need::
 
         class Room(WebSocketConsumer):
@@ -107,21 +91,22 @@ class WebSocketConsumer(ChannelSocket):
             found = parameters(cls.connect, {**namespace, **vars(cls)})
             cls._connect = _Connect(cls.connect, found)
 
-    def __init__(self, websocket: WebSocket, layer: ChannelLayer) -> None:
-        super().__init__(websocket, layer)
-        self._tasks = SocketTasks(self._ended_by)
+    def __init__(self, websocket: WebSocket, connections: ConnectionManager) -> None:
+        super().__init__(websocket, connections)
         self._connecting = False
-        self._gone: int | None = None
 
     @classmethod
-    def as_endpoint(cls, layer: ChannelLayer | None = None) -> Callable[..., Awaitable[None]]:
+    def as_endpoint(
+        cls, layer: ChannelLayer | ConnectionManager | None = None
+    ) -> Callable[..., Awaitable[None]]:
         """Make an endpoint, for ``app.add_api_websocket_route(path, …)``.
 
         FastAPI gives ``connect()`` what its parameters ask for: of the path, the query, headers and
         cookies, and of dependencies. What is not valid is refused before the socket is accepted.
 
         Args:
-            layer: if None, the one that the application's lifespan has opened.
+            layer: a channel layer, or a :class:`~pgchannels.web.ConnectionManager` by whose rules
+                sockets are admitted; if None, what the application's lifespan has opened.
 
         Raises:
             ConfigurationError: a parameter that cannot be given.
@@ -163,118 +148,42 @@ class WebSocketConsumer(ChannelSocket):
         else:
             await self._guarded(self.receive(bytes=received))
 
-    async def forward(self, message: Message) -> None:
-        """There is a message for the client that no method handles. Sends its envelope.
-
-        One that was sent to become a frame of its own is sent as that: see
-        :meth:`~pgchannels.ChannelLayer.send_json_message`.
-        """
-        frame = unwrapped(message)
-        await self._send_frame(message.envelope if frame is None else frame)
-
-    async def truncated(self) -> None:
-        """Messages that were to be replayed have been removed by retention. Tells the client so.
-
-        It comes before what is left of them, as ``{"type": "truncated"}``. A client that keeps
-        state should load it anew.
-        """
-        await self.send_json({"type": "truncated"})
-
-    # To use, besides what every ChannelSocket has
-
-    def spawn(self, coroutine: Coroutine[Any, Any, object]) -> None:
-        """Run *coroutine* beside the socket, until it returns or the socket ends.
-
-        If it raises, the socket is closed with 1011, or with 1013 where the database is away:
-        something that it was open for is missing.
-
-        Raises:
-            RuntimeError: the socket is not open any more.
-        """
-        self._tasks.spawn(coroutine)
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self
-
     async def __anext__(self) -> Any:
         """What the client sends: a str for a text frame, bytes for a binary one."""
-        return await self._receive_frame()
+        return (await self._receive_frame()).raw
 
     # Its life
 
     async def run(self, **values: Any) -> None:
         """Serve the socket until it is closed; *values* are given to ``connect()``."""
-        code = ABNORMAL
         try:
-            code = await self._live(values)
-        except WebSocketDisconnect as gone:
-            code = gone.code
-        except WebSocketException as error:
-            code = error.code
-            await self._close_if_open(code, error.reason)
-        except (ChannelLayerClosed, UnknownPosition) as error:
-            code = SERVICE_RESTART  # from another node, or with a position that is still good
-            if not self.channel_name:
-                logger.error("a socket is refused: %s", error)
-        except DatabaseUnavailable as error:
-            code = TRY_AGAIN_LATER
-            logger.warning("%s failed; its socket is closed: %s", type(self).__name__, error)
-        except Exception:
-            code = INTERNAL_ERROR
-            logger.exception("%s failed; its socket is closed", type(self).__name__)
-        finally:
-            await self._finish(code)
+            async with self.life():
+                await self._serve(values)
+        except Refused as refused:
+            await refuse(self.websocket, refused.problem)
+        except HTTPException:
+            raise  # of connect(): it is answered with that status
+        except Exception:  # noqa: BLE001 - it has been logged, and a server would log it again
+            logger.debug("%s has failed", type(self).__name__)
 
-    async def _live(self, values: Mapping[str, Any]) -> int:
-        if (error := await self._guarded(self._make_channel())) is not None:
-            return _in_vain(error)
-        async with self.layer.subscribe(member=self.channel_name) as self._stream:
-            return await self._tasks.run(lambda: self._serve(values))
-
-    async def _make_channel(self) -> None:
-        self.channel_name = await self.layer.new_channel("ws")
-
-    async def _serve(self, values: Mapping[str, Any]) -> int:
+    async def _serve(self, values: Mapping[str, Any]) -> None:
         self._connecting = True
-        if (error := await self._guarded(self.connect(**values))) is not None:
+        if (problem := await self._guarded(self.connect(**values))) is not None:
             # What it was opened for has not come about. Open, it would be deaf.
-            return _in_vain(error)
-        if self.websocket.application_state is WebSocketState.CONNECTING:
-            await self.accept()
-        if self.websocket.application_state is not WebSocketState.CONNECTED:
-            return self._close_code or NORMAL  # refused, or closed again, by connect()
-        self._tasks.spawn(self._forward_all())
-        if (error := await self._guarded(self.serve())) is not None:
-            return _in_vain(error)
-        if self._gone is None:
-            await self.close(NORMAL)
-        return self._gone or self._close_code or NORMAL
+            self.close_soon(problem.ws_code, problem.code)
+            return
+        if self._asked_to_close is not None:
+            return  # refused, or closed again, by connect()
+        await self.start()
+        if (problem := await self._guarded(self.serve())) is not None:
+            self.close_soon(problem.ws_code, problem.code)
 
-    async def _receive_frame(self) -> str | bytes:
-        if self._gone is not None:
-            raise StopAsyncIteration
-        received = await self.websocket.receive()
-        if received["type"] == "websocket.disconnect":
-            self._gone = int(received.get("code") or ABNORMAL)
-            raise StopAsyncIteration
-        text: str | None = received.get("text")
-        return received.get("bytes") or b"" if text is None else text
-
-    async def _forward_all(self) -> None:
-        stream = self._stream
-        while True:
-            messages = await stream.batch()
-            if stream.truncated:
-                stream.truncated = False
-                await self.truncated()
-            for message in messages:
-                if not stream.reads(message.channel):
-                    continue  # it has been left in the meantime
-                handler = self._events.find(message)
-                if handler is None or FRAME in message.headers:
-                    await self.forward(message)
-                else:
-                    await self._handle(message, handler)
+    async def _deliver(self, message: Message) -> None:
+        handler = self._events.find(message)
+        if handler is None or FRAME in message.headers:
+            await self.forward(message)
+        else:
+            await self._handle(message, handler)
 
     async def _handle(self, message: Message, handler: Handler) -> None:
         try:
@@ -290,44 +199,8 @@ class WebSocketConsumer(ChannelSocket):
         else:
             await handler.function(self, argument)
 
-    def _ended_by(self, error: Exception) -> int | Exception:
-        # Once a handler has closed the socket, sending to it fails as it should.
-        return error if self._close_code is None else self._close_code
-
-    async def _finish(self, code: int) -> None:
-        try:
-            if code in OURS:
-                await self._close_if_open(code)
-        finally:
-            # Also when the server cancels: what disconnect() has to put in order must be.
-            try:
-                if self._connecting:
-                    with anyio.move_on_after(DISCONNECT_TIME, shield=True):
-                        await self.disconnect(code)
-            finally:
-                if self.channel_name:
-                    await self._delete_channel()
-
-    async def _close_if_open(self, code: int, reason: str | None = None) -> None:
-        try:
-            await self.close(code, reason)
-        except (RuntimeError, WebSocketDisconnect):
-            logger.debug("the socket was gone before it could be closed")
-
-    async def _delete_channel(self) -> None:
-        """Also ends the memberships. No error of this may hide another one."""
-        with anyio.move_on_after(DISCONNECT_TIME, shield=True) as limit:
-            try:
-                await self.layer.delete_channel(self.channel_name)
-            except ChannelLayerClosed:
-                logger.debug("the layer has been closed, and %s with it", self.channel_name)
-            except DatabaseUnavailable as error:
-                logger.warning("%s could not be removed: %s", self.channel_name, error)
-            except Exception:
-                logger.exception("%s could not be removed", self.channel_name)
-        if limit.cancelled_caught:
-            logger.warning("%s could not be removed in time", self.channel_name)
-
-
-def _in_vain(error: Exception) -> int:
-    return TRY_AGAIN_LATER if isinstance(error, DatabaseUnavailable) else POLICY_VIOLATION
+    async def _left(self, code: int) -> None:
+        # Also when the server cancels: what disconnect() has to put in order must be.
+        if self._connecting:
+            with anyio.move_on_after(CLOSING_TIME, shield=True):
+                await self.disconnect(code)

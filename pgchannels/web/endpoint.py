@@ -13,18 +13,19 @@ from starlette.websockets import WebSocket
 from pgchannels.errors import ConfigurationError
 from pgchannels.layer import ChannelLayer
 from pgchannels.web.annotations import Unresolved, resolve
+from pgchannels.web.connections import ConnectionManager
 
 if TYPE_CHECKING:
     from pgchannels.web.consumer import WebSocketConsumer
 
-__all__ = ["check_layer", "find_layer", "make_endpoint"]
+__all__ = ["Managers", "find_layer", "make_endpoint"]
 
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def make_endpoint(
     consumer: type[WebSocketConsumer],
-    layer: ChannelLayer | None,
+    layer: ChannelLayer | ConnectionManager | None,
     connect: Callable[..., Any],
     parameters: Sequence[Parameter],
 ) -> Callable[..., Awaitable[None]]:
@@ -32,15 +33,14 @@ def make_endpoint(
 
     Args:
         consumer: a class; each socket gets an object of it.
-        layer: the one from the application's state if None.
+        layer: or a manager; what the application's state has if None.
         connect: its method.
         parameters: the method's, as far as they could be resolved when the class was created.
 
     Raises:
         ConfigurationError: a parameter that FastAPI could not give.
     """
-    if layer is not None:
-        check_layer(layer)
+    managers = Managers(layer)
     needed = [_resolved(p, connect) for p in parameters if p.kind not in _VARIADIC]
     # FastAPI gives the socket to one parameter only; connect() may have one of its own.
     own = next((p.name for p in needed if _is_socket(p.annotation)), None)
@@ -53,7 +53,7 @@ def make_endpoint(
         websocket: WebSocket = given[0] if given else values[name]
         if own is None:
             values.pop(name, None)
-        await consumer(websocket, find_layer(websocket) if layer is None else layer).run(**values)
+        await consumer(websocket, managers.of(websocket)).run(**values)
 
     endpoint.__name__ = consumer.__name__
     endpoint.__qualname__ = consumer.__qualname__
@@ -63,10 +63,40 @@ def make_endpoint(
     return endpoint
 
 
-def check_layer(layer: object) -> None:
-    """Raise :class:`ConfigurationError` for anything that is not a layer."""
-    if not isinstance(layer, ChannelLayer):
-        raise ConfigurationError(f"expected a channel layer, not {layer!r}")
+class Managers:
+    """Which manager serves the sockets of an endpoint.
+
+    Args:
+        given: a manager, or a layer, which gets one with the defaults; None for what the
+            application's lifespan has opened.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+
+    def __init__(self, given: ChannelLayer | ConnectionManager | None) -> None:
+        self._given: ConnectionManager | None = None
+        if isinstance(given, ConnectionManager):
+            self._given = given
+        elif given is not None:
+            self._given = ConnectionManager(given)
+        self._found: ConnectionManager | None = None
+
+    def of(self, connection: HTTPConnection) -> ConnectionManager:
+        """The manager for a socket.
+
+        Raises:
+            ConfigurationError: there is none, and no layer either.
+        """
+        if self._given is not None:
+            return self._given
+        manager = getattr(connection.state, "connections", None)
+        if isinstance(manager, ConnectionManager):
+            return manager
+        layer = find_layer(connection)
+        if self._found is None or self._found.layer is not layer:
+            self._found = ConnectionManager(layer)
+        return self._found
 
 
 def find_layer(connection: HTTPConnection) -> ChannelLayer:

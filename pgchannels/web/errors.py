@@ -4,11 +4,14 @@
 
     SocketError                      said to the client; the socket stays open, or is closed by it
      ├─ AuthenticationError          who is it?                        3000  HTTP 401
-     │   └─ TokenExpired             it was somebody once              3000  HTTP 401
+     │   ├─ TokenExpired             it was somebody once              3000  HTTP 401
+     │   └─ AuthenticationTimeout    did not say in time               3008  HTTP 408
      ├─ AuthorizationError           may not do that                   stays HTTP 403
      ├─ ValidationFailed             not what was expected             stays HTTP 422
      │   └─ FrameTooLarge            longer than is read               1009  HTTP 413
+     ├─ UnexpectedMessage            nothing takes it                  stays HTTP 422
      ├─ RateLimitExceeded            too often; retry_after says when  stays HTTP 429
+     ├─ TooManyChannels              as many as one connection reads   stays HTTP 429
      ├─ ConnectionRefused            a socket that is not to be        1008  HTTP 403
      └─ Draining                     this server shuts down            1012  HTTP 503
 
@@ -25,7 +28,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from pgchannels.errors import (
     ChannelFull,
@@ -48,17 +51,18 @@ from pgchannels.web.codes import (
     POLICY_VIOLATION,
     SENDABLE,
     SERVICE_RESTART,
+    TIMEOUT,
     TOO_BIG,
     TRY_AGAIN_LATER,
     UNAUTHORIZED,
 )
-from pgchannels.web.validation import problems
 
 if TYPE_CHECKING:
     from pgchannels.web.connection import Connection
 
 __all__ = [
     "AuthenticationError",
+    "AuthenticationTimeout",
     "AuthorizationError",
     "Category",
     "ConnectionRefused",
@@ -70,9 +74,10 @@ __all__ = [
     "Severity",
     "SocketError",
     "TokenExpired",
+    "TooManyChannels",
+    "UnexpectedMessage",
     "ValidationFailed",
     "describe",
-    "new_error_id",
 ]
 
 # Characters of a sentence about what a client sent, which may repeat some of it.
@@ -145,6 +150,7 @@ class Problem:
         retry_after: seconds after which it may be tried again; None where that is vain.
         errors: what does not fit a model.
         context: data for the client.
+        error_id: finds it in the log.
     """
 
     code: str
@@ -157,6 +163,7 @@ class Problem:
     retry_after: float | None = None
     errors: Sequence[dict[str, Any]] = ()
     context: Mapping[str, Any] = field(default_factory=dict)
+    error_id: str | None = None
 
     def __post_init__(self) -> None:
         if self.ws_code not in SENDABLE:
@@ -165,14 +172,14 @@ class Problem:
     def should_disconnect(self) -> bool:
         return self.disconnects
 
-    def response(self, error_id: str | None = None) -> ErrorResponse:
+    def response(self) -> ErrorResponse:
         return ErrorResponse(
             code=self.code,
             detail=self.detail[:MAX_DETAIL],
             category=self.category,
             retry_after=self.retry_after,
             errors=list(self.errors) or None,
-            error_id=error_id,
+            error_id=self.error_id,
             context=dict(self.context) or None,
         )
 
@@ -261,6 +268,18 @@ class TokenExpired(AuthenticationError):
     )
 
 
+class AuthenticationTimeout(AuthenticationError):
+    """The first message was to say who it is, and none came in time."""
+
+    problem = replace(
+        AuthenticationError.problem,
+        code="authentication_timeout",
+        detail="no token came in time",
+        http_status=408,
+        ws_code=TIMEOUT,
+    )
+
+
 class AuthorizationError(SocketError):
     """It is known who this is, and that they may not do that."""
 
@@ -305,6 +324,17 @@ class FrameTooLarge(ValidationFailed):
     )
 
 
+class UnexpectedMessage(SocketError):
+    """Nothing takes what was sent."""
+
+    problem = Problem(
+        "unexpected_message",
+        "nothing here takes this message",
+        Category.MESSAGE,
+        http_status=422,
+    )
+
+
 class RateLimitExceeded(SocketError):
     """Too much in too short a time. ``retry_after`` says when there is room again."""
 
@@ -314,6 +344,17 @@ class RateLimitExceeded(SocketError):
         Category.RATE_LIMIT,
         http_status=429,
         ws_code=POLICY_VIOLATION,
+    )
+
+
+class TooManyChannels(SocketError):
+    """One connection does not read any number of channels."""
+
+    problem = Problem(
+        "too_many_channels",
+        "this connection reads as many channels as it may",
+        Category.CONNECTION,
+        http_status=429,
     )
 
 
@@ -413,7 +454,7 @@ _UNKNOWN = Problem(
 
 
 def describe(error: BaseException) -> Problem:
-    """Say what a client may hear of *error*. An unexpected one is an ``internal_error``."""
+    """Say what a client may hear of *error*: of an unexpected one, no more than an id."""
     if isinstance(error, SocketError):
         return error.describe()
     if isinstance(error, TooManyConnections):
@@ -430,15 +471,8 @@ def describe(error: BaseException) -> Problem:
             retry_after=30.0 if of_user else 5.0,
             context={"scope": error.scope, "limit": error.limit},
         )
-    if isinstance(error, ValidationError):
-        return replace(ValidationFailed.problem, errors=problems(error))
     if not isinstance(error, InvalidUser):  # no client can help that
         for kind, problem in _KNOWN:
             if isinstance(error, kind):
                 return problem if problem.detail else replace(problem, detail=str(error))
-    return _UNKNOWN
-
-
-def new_error_id() -> str:
-    """What a response and the log have in common."""
-    return uuid4().hex[:16]
+    return replace(_UNKNOWN, error_id=uuid4().hex[:16])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import orjson
 from pydantic import ValidationError
 
 from pgchannels.web.consumer import WebSocketConsumer
+from pgchannels.web.errors import UnexpectedMessage, ValidationFailed
 from pgchannels.web.validation import problems
 
 __all__ = ["JsonConsumer"]
@@ -36,19 +36,18 @@ class JsonConsumer(WebSocketConsumer):
 
         By default it is told so, by the error ``unexpected_message``.
         """
-        await self._send_error("unexpected_message", "nothing here takes this message")
+        await self._tell(UnexpectedMessage())
 
     async def dispatch(self, received: Any) -> None:
         await self._guarded(self._route(received))
 
     async def __anext__(self) -> Any:
         """What the client sends, parsed."""
-        while True:
-            frame = await self._receive_frame()
-            try:
-                return orjson.loads(frame)
-            except orjson.JSONDecodeError as error:
-                await self._send_error("invalid_json", str(error))
+        return await self._receive_content()
+
+    async def _is_ours(self, kind: str | None, content: Any) -> bool:
+        # What a class declares is its own, be it called as ours.
+        return kind not in self._receivers and await super()._is_ours(kind, content)
 
     async def _route(self, content: Any) -> None:
         kind = content.get("type") if isinstance(content, dict) else None
@@ -60,6 +59,6 @@ class JsonConsumer(WebSocketConsumer):
             argument = handler.convert(content)
         except ValidationError as error:
             detail = f"not a valid {kind!r}"
-            await self._send_error("invalid_content", detail, errors=problems(error))
+            await self._tell(ValidationFailed(detail, errors=problems(error)))
         else:
             await handler.function(self, argument)

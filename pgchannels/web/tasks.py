@@ -3,78 +3,97 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-__all__ = ["SocketTasks"]
+from pgchannels.web.codes import INTERNAL_ERROR, NORMAL
 
-_T = TypeVar("_T")
+__all__ = ["SocketTasks"]
 
 
 class SocketTasks:
-    """Runs what serves a socket, and others beside it. The first end is the end of all.
+    """Runs what serves a socket beside a block of code. The first end is the end of all.
 
     By anyio's task group, because Starlette cancels by anyio's scopes, which repeat themselves
     until they are obeyed: asyncio's own ways of waiting for a cancelled task do not stand it.
-
-    Args:
-        ended_by: how an exception is to count: as itself, or as a code that was closed with.
     """
 
-    def __init__(self, ended_by: Callable[[Exception], int | Exception]) -> None:
-        self._ended_by = ended_by
+    def __init__(self) -> None:
         self._group: TaskGroup | None = None
-        self._ended: list[int | Exception] = []
+        self._first: int | Exception | None = None
 
-    async def run(self, main: Callable[[], Awaitable[int]]) -> int:
-        """Run *main* in the caller's own task; return its code, or raise what came first."""
+    @property
+    def ended(self) -> int | Exception | None:
+        """What came first: a code to close with, or what was raised. None while all run."""
+        return self._first
+
+    @property
+    def code(self) -> int:
+        """The code that came first; 1011 if it was an error."""
+        return self._first if isinstance(self._first, int) else INTERNAL_ERROR
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Tasks may be spawned in this block. It ends at the first end: its own, or a task's.
+
+        What a task has raised is raised here. Where the end came from outside of the block,
+        the block is cancelled, and no exception leaves it.
+        """
         try:
             async with anyio.create_task_group() as group:
                 self._group = group
-                code = await self._until_end(main())
-                if code is not None:
-                    self._end(code)
+                # Raised inside the group, an error would come out wrapped.
+                try:
+                    yield
+                except asyncio.CancelledError as error:
+                    self._cancelled(error)
+                except Exception as error:  # noqa: BLE001 - raised again below
+                    self.end(error)
+                else:
+                    self.end(NORMAL)
         finally:
             self._group = None
-        first = self._ended[0]
-        if isinstance(first, Exception):
-            raise first
-        return first
+        if isinstance(self._first, Exception):
+            raise self._first
 
     def spawn(self, coroutine: Coroutine[Any, Any, object]) -> None:
         """Run *coroutine* beside the others. If it raises, that ends them all.
 
         Raises:
-            RuntimeError: ``run()`` is not under way.
+            RuntimeError: outside of ``running()``.
         """
         if self._group is None:
             coroutine.close()
             raise RuntimeError("tasks run while their socket is served, from connect() on")
         self._group.start_soon(self._until_end, coroutine)
 
-    async def _until_end(self, running: Awaitable[_T]) -> _T | None:
-        # Raised inside the group, an error would come out wrapped.
-        try:
-            return await running
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # Not this task was cancelled, but one that it has waited for. Taken for the end that
-            # somebody has asked for, it would leave the socket to nobody.
-            self._end(
-                RuntimeError("what was waited for has been cancelled").with_traceback(
-                    error.__traceback__
-                )
-            )
-        except Exception as error:  # noqa: BLE001 - raised again by run()
-            self._end(error)
-        return None
-
-    def _end(self, end: int | Exception) -> None:
-        self._ended.append(self._ended_by(end) if isinstance(end, Exception) else end)
+    def end(self, end: int | Exception) -> None:
+        """End everything, with a close code or an error; only the first one counts."""
+        if self._first is None:
+            self._first = end
         if self._group is not None:
             self._group.cancel_scope.cancel()
+
+    async def _until_end(self, running: Awaitable[object]) -> None:
+        try:
+            await running
+        except asyncio.CancelledError as error:
+            self._cancelled(error)
+        except Exception as error:  # noqa: BLE001 - raised again by running()
+            self.end(error)
+
+    def _cancelled(self, error: asyncio.CancelledError) -> None:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise error
+        # Not this task was cancelled, but one that it has waited for. Taken for the end that
+        # somebody has asked for, it would leave the socket to nobody.
+        self.end(
+            RuntimeError("what was waited for has been cancelled").with_traceback(
+                error.__traceback__
+            )
+        )

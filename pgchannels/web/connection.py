@@ -1,0 +1,606 @@
+"""One socket with a channel of its own: who it is, what it reads, what goes in and out.
+
+Its life is a block of code (:meth:`Connection.life`): the socket is authenticated and admitted
+before the block begins, and however the block ends, the client is told, the socket is closed with a
+code, and nothing of it is left. It is never left open and deaf.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from starlette.exceptions import HTTPException, WebSocketException
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from pgchannels.errors import (
+    ChannelLayerClosed,
+    DatabaseUnavailable,
+    InvalidMessage,
+    UnknownPosition,
+)
+from pgchannels.messages import Position
+from pgchannels.web.codes import ABNORMAL
+from pgchannels.web.errors import (
+    AuthenticationError,
+    AuthenticationTimeout,
+    AuthorizationError,
+    FrameTooLarge,
+    Problem,
+    SocketError,
+    TooManyChannels,
+    describe,
+)
+from pgchannels.web.frames import unwrapped
+from pgchannels.web.wire import CLOSING_TIME, Wire
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pgchannels.control import Command
+    from pgchannels.messages import Message
+    from pgchannels.records import HistoryPage, PresenceBy, Present, Receipt
+    from pgchannels.stream import Stream
+    from pgchannels.web.auth import Action, Authentication, Identity
+    from pgchannels.web.connections import ConnectionManager
+    from pgchannels.web.incoming import Frame
+
+__all__ = ["Connection", "Refused"]
+
+logger = logging.getLogger("pgchannels.web")
+
+
+class Refused(Exception):
+    """A socket was not accepted, for this reason. The client is still to be told."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        super().__init__(problem.code)
+
+
+class Connection(Wire):
+    """One socket, as an endpoint has it inside of ``async with connections.connect(socket)``.
+
+    Iterating gives what the client sends, parsed as JSON, until it is gone. What arrives for the
+    connection meanwhile is forwarded to the client by a task of its own.
+
+    Attributes:
+        websocket: Starlette's.
+        layer: the channel layer.
+        connections: the manager that it belongs to.
+        channel_name: the connection's own channel, once it has been admitted: what is sent to it
+            reaches this client alone.
+        identity: who was authenticated; None if nobody was asked to be.
+        user_id: whose it is; None for nobody's.
+        metadata: what presence shows of it.
+        connected_at: when it came, by this server's clock.
+        messages_in, bytes_in, messages_out, bytes_out: what went through, frames of either kind.
+    """
+
+    def __init__(self, websocket: WebSocket, connections: ConnectionManager) -> None:
+        super().__init__(websocket, connections.heartbeat, connections.send_timeout)
+        self.connections = connections
+        self.layer = connections.layer
+        self.channel_name = ""
+        self.identity: Identity | None = None
+        self.user_id: str | None = None
+        self.metadata: Mapping[str, Any] | None = None
+        self.connected_at = datetime.now(UTC)
+        self._stream: Stream
+        self._groups: set[str] = set()
+
+    # What it is
+
+    @property
+    def id(self) -> str:
+        """The same as :attr:`channel_name`."""
+        return self.channel_name
+
+    @property
+    def resume_position(self) -> str | None:
+        """The last position that the client has had, as it says: ``?after=`` of its URL."""
+        return self.websocket.query_params.get("after") or None
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The channels and groups that it reads because it was told to here."""
+        return frozenset(self._groups)
+
+    @property
+    def pending(self) -> int:
+        """Messages that wait to be sent to the client."""
+        return self._stream.pending
+
+    def to_dict(self) -> dict[str, Any]:
+        """What there is to know of it, as JSON can have it."""
+        return {
+            "id": self.channel_name,
+            "state": self.state.value,
+            "user_id": self.user_id,
+            "metadata": None if self.metadata is None else dict(self.metadata),
+            "groups": sorted(self._groups),
+            "connected_at": self.connected_at.isoformat(),
+            "idle_time": round(self.idle_time, 3),
+            "messages_in": self.messages_in,
+            "bytes_in": self.bytes_in,
+            "messages_out": self.messages_out,
+            "bytes_out": self.bytes_out,
+        }
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.channel_name or 'not admitted'}, {self.state.value}>"
+
+    async def accept(
+        self, subprotocol: str | None = None, headers: Iterable[tuple[bytes, bytes]] | None = None
+    ) -> None:
+        """Accept the socket, unless that has been done. ``connections.connect()`` does it."""
+        authentication = self.connections.authentication
+        if subprotocol is None and authentication is not None:
+            subprotocol = authentication.accept_subprotocol(self.websocket)
+        await super().accept(subprotocol, headers)
+
+    # Whose it is, what it reads
+
+    async def identify(
+        self,
+        user_id: str | None,
+        metadata: Mapping[str, Any] | None = None,
+        after: Position | str | None = None,
+    ) -> None:
+        """Say whose socket it is: what is sent to that user reaches it, from now on.
+
+        Args:
+            user_id: any text; None for nobody's.
+            metadata: what presence shows of it, see ``new_channel()``.
+            after: a position, to have replayed what was sent to the user and to everyone since.
+
+        Raises:
+            TooManyConnections: the user has as many as the limits allow.
+        """
+        position = Position.parse(after) if after else None
+        await self.layer.update_channel(
+            self.channel_name, user_id=user_id, metadata=metadata, limits=self.connections.limits
+        )
+        self.user_id, self.metadata = user_id, metadata
+        if position is not None:
+            await self._stream.resume(position)
+
+    async def join(self, group: str, after: Position | str | None = None) -> None:
+        """Forward the messages of *group*, without being a member of it.
+
+        Args:
+            group: a channel's name.
+            after: the last position that the client has had: what came since then is forwarded
+                first; ``"0"`` for all that is retained; None, or an empty text as browsers like to
+                send it, for from now on.
+
+        Raises:
+            InvalidChannel, InvalidPosition: left to the caller's caller, it is told to the client.
+            AuthorizationError: the manager's ``authorize`` says no; likewise.
+            TooManyChannels: it reads as many as the limits allow; likewise.
+        """
+        await self._check_allowed("subscribe", group)
+        with self._counting(group):
+            await self._stream.join(group, after or None)
+
+    async def leave(self, group: str) -> None:
+        """Forward no more of *group*. A membership stays."""
+        self._stream.leave(group)
+        self._groups.discard(group)
+
+    async def group_add(
+        self,
+        group: str,
+        *,
+        after: Position | str | None = None,
+        presence: PresenceBy | None = None,
+    ) -> None:
+        """Become a member of *group*, and forward its messages. It ends with the socket.
+
+        Args:
+            group: a channel's name.
+            after: as for :meth:`join`.
+            presence: count it in the group's presence, see ``layer.group_add()``.
+
+        Raises:
+            GroupFull: it has as many members as the limits allow. And as :meth:`join`.
+        """
+        await self._check_allowed("subscribe", group)
+        limit = self.connections.limits.group_members
+        with self._counting(group):
+            known = self._stream.reads(group)
+            # First, so that nothing that is sent to members can fall in between.
+            await self._stream.join_group(group, after or None)
+            try:
+                await self.layer.group_add(group, self.channel_name, presence=presence, limit=limit)
+            except BaseException:
+                if not known:
+                    self._stream.leave(group)
+                raise
+
+    async def group_discard(self, group: str) -> None:
+        """End the membership, and forward no more of *group*."""
+        await self.layer.group_discard(group, self.channel_name)
+        await self.leave(group)
+
+    @contextmanager
+    def _counting(self, group: str) -> Iterator[None]:
+        """Count *group* in before anything is waited for, so that none slips through."""
+        known = group in self._groups
+        limit = self.connections.limits.groups
+        if not known and limit is not None and len(self._groups) >= limit:
+            raise TooManyChannels(
+                f"one connection reads at most {limit} channels", context={"limit": limit}
+            )
+        self._groups.add(group)
+        try:
+            yield
+        except BaseException:
+            if not known:
+                self._groups.discard(group)
+            raise
+
+    # On behalf of the client, if it is allowed
+
+    async def publish(
+        self, channel: str, payload: Any, *, except_self: bool = False, **options: Any
+    ) -> Receipt:
+        """Publish for the client, if ``authorize`` lets it: to a channel or group.
+
+        Args:
+            channel: where to.
+            payload: see ``layer.send()``, as the *options*.
+            except_self: whether this connection, as a member of the group, does not get it.
+
+        Raises:
+            AuthorizationError: it may not. And as ``layer.send()``.
+        """
+        await self._check_allowed("publish", channel)
+        exclude = self.channel_name if except_self else None
+        return await self.layer.group_send(channel, payload, exclude=exclude, **options)
+
+    async def history(self, channel: str, **options: Any) -> HistoryPage:
+        """Read history for the client, if ``authorize`` lets it. As ``layer.history()``."""
+        await self._check_allowed("history", channel)
+        return await self.layer.history(channel, **options)
+
+    async def presence(self, group: str) -> list[Present]:
+        """Who is present, if ``authorize`` lets the client know. As ``layer.presence()``."""
+        await self._check_allowed("presence", group)
+        return await self.layer.presence(group)
+
+    async def _check_allowed(self, action: Action, channel: str) -> None:
+        if not await self.connections.allows(self.identity, action, channel):
+            raise AuthorizationError(context={"action": action, "channel": channel})
+
+    async def refresh(self, token: str) -> None:
+        """Go on with a new token, of the same user; ask again whether it may read what it reads.
+
+        A client asks for this by ``{"type": "auth.refresh", "token": …}``.
+
+        Raises:
+            AuthenticationError: the token is no good, or another user's.
+        """
+        authentication = self.connections.authentication
+        if authentication is None or self.identity is None:
+            raise AuthenticationError("there is nothing to refresh", disconnect=False)
+        identity = await authentication.refresh(token, self.identity)
+        await self.connections.check_not_revoked(identity)
+        self._assume(identity)
+        self._watch()
+        await self.reauthorize()
+
+    async def reauthorize(self) -> None:
+        """Ask ``authorize`` again for each channel that is read, and leave those that it denies."""
+        for group in sorted(self._groups):
+            if not await self.connections.allows(self.identity, "subscribe", group):
+                await self.group_discard(group)
+                denied = {"action": "subscribe", "channel": group}
+                await self._tell(AuthorizationError(context=denied))
+
+    def reauthorize_soon(self) -> None:
+        """Find out whether its token is still good, and what it may read. At once; never raises."""
+        if self._tasks.ended is None:
+            self._tasks.spawn(self._reauthorize())
+
+    async def _reauthorize(self) -> None:
+        if self.identity is not None:
+            await self.connections.check_not_revoked(self.identity)
+        await self.reauthorize()
+
+    def is_meant_by(self, command: Command) -> bool:
+        """Whether a command to all nodes concerns this connection."""
+        return (
+            command.everyone
+            or command.channel == self.channel_name
+            or (command.user_id is not None and command.user_id == self.user_id)
+            or (command.group is not None and command.group in self._groups)
+            or (
+                command.token_id is not None
+                and self.identity is not None
+                and command.token_id == self.identity.token_id
+            )
+        )
+
+    def _assume(self, identity: Identity) -> None:
+        self.identity = identity
+        when = inf
+        if identity.expires_at is not None:
+            left = identity.expires_at - datetime.now(UTC)
+            when = self._loop.time() + left.total_seconds()
+        self._liveness.expire_at(when)
+
+    # What the client sends
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        """What the client sends, parsed."""
+        return await self._receive_content()
+
+    async def _receive_content(self) -> Any:
+        """The next frame's JSON. What is meant for us is answered here."""
+        while True:
+            frame = await self._receive_frame()
+            try:
+                content = frame.json()
+            except SocketError as error:
+                await self._tell(error)
+            else:
+                if not await self._is_ours(frame.type, content):
+                    return content
+
+    async def _is_ours(self, kind: str | None, content: Any) -> bool:
+        if kind == "ping":
+            await self.send_json({**content, "type": "pong"})
+        elif kind == "auth.refresh" and self.identity is not None:
+            await self._guarded(self._refresh(content))
+        else:
+            return kind == "pong"  # that it has come is all there is to it
+        return True
+
+    async def _refresh(self, content: Mapping[str, Any]) -> None:
+        token = content.get("token")
+        await self.refresh(token if isinstance(token, str) else "")
+        expires_at = self.identity and self.identity.expires_at
+        await self.send_json({"type": "auth.refreshed", "expires_at": expires_at})
+
+    async def _receive_frame(self) -> Frame:
+        """The next frame that is not too large, and that the middleware lets pass."""
+        while True:
+            frame = await self._next_frame()
+            limit = self.connections.max_frame_size
+            if frame.size > limit:
+                detail = f"a frame has at most {limit} bytes"
+                await self._tell(FrameTooLarge(detail, context={"limit": limit}))
+                continue
+            middleware = self.connections.middleware
+            if middleware is None:
+                return frame
+            passed = None
+            try:
+                passed = await middleware.inbound(self, frame)
+            except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
+                await self._tell_or_raise(error)
+            if passed is not None:
+                return passed
+
+    # What goes to the client
+
+    async def forward(self, message: Message) -> None:
+        """There is a message for the client. Sends its envelope.
+
+        One that was sent to become a frame of its own is sent as that: see
+        :meth:`~pgchannels.ChannelLayer.send_json_message`.
+        """
+        frame = unwrapped(message)
+        await self._send_frame(message.envelope if frame is None else frame)
+
+    async def truncated(self) -> None:
+        """Messages that were to be replayed have been removed by retention. Tells the client so.
+
+        It comes before what is left of them, as ``{"type": "truncated"}``. A client that keeps
+        state should load it anew.
+        """
+        await self.send_json({"type": "truncated"})
+
+    async def start(self) -> None:
+        """Accept the socket, unless that has been done, and forward what arrives from now on."""
+        await self.accept()
+        self._tasks.spawn(self._forward_all())
+
+    async def _deliver(self, message: Message) -> None:
+        """There is a message for the connection. Forwards it."""
+        await self.forward(message)
+
+    async def _forward_all(self) -> None:
+        """Deliver what arrives, until the socket ends."""
+        stream, middleware = self._stream, self.connections.middleware
+        while True:
+            messages = await stream.batch()
+            if stream.truncated:
+                stream.truncated = False
+                await self.truncated()
+            for message in messages:
+                if not stream.reads(message.channel):
+                    continue  # it has been left in the meantime
+                passed: Message | None = message
+                if middleware is not None:
+                    passed = await middleware.outbound(self, message)
+                if passed is not None:
+                    await self._deliver(passed)
+
+    # Errors
+
+    async def _guarded(self, handler: Awaitable[None]) -> Problem | None:
+        """Tell the client of an error that is its own, and say what it was."""
+        try:
+            await handler
+        except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
+            return await self._tell_or_raise(error)
+        return None
+
+    async def _tell_or_raise(self, error: Exception) -> Problem:
+        problem = describe(error)
+        # Before it is accepted, there is a better answer than a socket that is then closed.
+        is_early = self.websocket.application_state is WebSocketState.CONNECTING
+        if problem.disconnects or (is_early and isinstance(error, SocketError)):
+            raise error
+        if isinstance(error, InvalidMessage):
+            # What is wrong with it may be what the client sent, or what was made of it here. No
+            # warning: a client could fill the log with them.
+            logger.info("%s answers with an error", type(self).__name__, exc_info=error)
+        await self._tell(error)
+        return problem
+
+    async def _tell(self, error: Exception) -> None:
+        await self._send_error(self.connections.note(error, self))
+
+    # Its life
+
+    @asynccontextmanager
+    async def life(
+        self,
+        identity: Identity | None = None,
+        user_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[None]:
+        """Serve the socket in this block, and close it after.
+
+        Args:
+            identity: who it is, if that is known already.
+            user_id: whose it is; the identity's if None.
+            metadata: what presence shows of it.
+
+        Raises:
+            Refused: the socket was not accepted.
+            Exception: what nobody expected, as it is. The client and the log have its id.
+        """
+        code = ABNORMAL
+        unexpected: Exception | None = None
+        try:
+            problem = await self._guarded(self._admit(identity, user_id, metadata))
+            if problem is not None:
+                raise _Told(problem)
+            overflow = self.connections.overflow
+            async with self.layer.subscribe(member=self.channel_name, overflow=overflow) as stream:
+                self._stream = stream
+                self.connections.enter(self)
+                async with self._tasks.running():
+                    self._watch()
+                    yield
+            code = self._gone or self._asked_to_close or self._tasks.code
+        except Exception as error:  # noqa: BLE001 - raised again, if it was not expected
+            code, is_expected = self._code_of(error)
+            unexpected = None if is_expected else error
+        finally:
+            await self._finish(code)
+        if unexpected is not None:
+            raise unexpected
+
+    async def _admit(
+        self,
+        identity: Identity | None,
+        user_id: str | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> None:
+        connections = self.connections
+        connections.check_admissible(self.websocket)
+        if identity is None and connections.authentication is not None:
+            identity = await connections.authentication.handshake(self.websocket)
+            if identity is None:
+                # The token comes with the first message. Before that, nothing is kept for it.
+                await self.accept()
+                identity = await self._introduction(connections.authentication)
+        if identity is not None:
+            await connections.check_not_revoked(identity)
+            self._assume(identity)
+            user_id = identity.user_id if user_id is None else user_id
+        self.user_id, self.metadata = user_id, metadata
+        self.channel_name = await self.layer.new_channel(
+            "ws", user_id=user_id, metadata=metadata, limits=connections.limits
+        )
+
+    async def _introduction(self, authentication: Authentication) -> Identity:
+        try:
+            async with asyncio.timeout(authentication.deadline):
+                frame = await self._next_frame()
+        except TimeoutError:
+            raise AuthenticationTimeout from None
+        except StopAsyncIteration:
+            raise WebSocketDisconnect(self._gone or ABNORMAL) from None
+        if frame.size > self.connections.max_frame_size:
+            raise FrameTooLarge(disconnect=True)
+        return await authentication.first_message(frame.raw)
+
+    def _code_of(self, error: Exception) -> tuple[int, bool]:
+        """What to close the socket with because of *error*, and whether such things happen.
+
+        Raises:
+            Refused: the socket has not been accepted, and that can be said over HTTP.
+        """
+        is_early = self.websocket.application_state is WebSocketState.CONNECTING
+        if isinstance(error, _Told):
+            return error.problem.ws_code, True
+        if isinstance(error, WebSocketDisconnect):
+            self._gone = self._gone or error.code
+            return self._gone, True
+        if self._asked_to_close is not None:
+            # Once it has been closed, sending to it fails as it should.
+            return self._asked_to_close, True
+        if isinstance(error, WebSocketException):
+            self._part(error.reason, None)
+            return error.code, True
+        if isinstance(error, HTTPException) and is_early:
+            return ABNORMAL, False  # whoever serves the application answers it
+        if isinstance(error, UnknownPosition):
+            # Of a call, the client would have been told: this is of a log that was rewritten.
+            error = ChannelLayerClosed()
+        problem = self.connections.note(error, self)
+        if is_early:
+            raise Refused(problem) from error
+        self._part(problem.code, problem.response().encode())
+        return problem.ws_code, problem.error_id is None
+
+    async def _finish(self, code: int) -> None:
+        try:
+            await self._take_leave(code)
+        finally:
+            try:
+                await self._left(code)
+            finally:
+                if self.channel_name:
+                    await self._delete_channel()
+                self.connections.exit(self)
+
+    async def _left(self, code: int) -> None:
+        """The socket is closed, and its memberships are about to end."""
+
+    async def _delete_channel(self) -> None:
+        """Also ends the memberships. No error of this may hide another one."""
+        with anyio.move_on_after(CLOSING_TIME, shield=True) as limit:
+            try:
+                await self.layer.delete_channel(self.channel_name)
+            except ChannelLayerClosed:
+                logger.debug("the layer has been closed, and %s with it", self.channel_name)
+            except DatabaseUnavailable as error:
+                logger.warning("%s could not be removed: %s", self.channel_name, error)
+            except Exception:
+                logger.exception("%s could not be removed", self.channel_name)
+        if limit.cancelled_caught:
+            logger.warning("%s could not be removed in time", self.channel_name)
+
+
+class _Told(Exception):
+    """The client has been told already."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        super().__init__(problem.code)

@@ -1,0 +1,431 @@
+"""All connections of one process: how they are admitted, found, written to, counted, sent away.
+
+A manager has no task of its own, and opens nothing: connections bring their tasks with them, and
+what it must hear from other nodes (a revocation, an order to close) comes to it by the layer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pgchannels.control import Command
+from pgchannels.errors import ConfigurationError
+from pgchannels.layer import ChannelLayer
+from pgchannels.limits import Limits
+from pgchannels.web.auth import is_allowed
+from pgchannels.web.codes import NORMAL, SERVICE_RESTART
+from pgchannels.web.connection import Connection, Refused
+from pgchannels.web.errors import (
+    AuthenticationError,
+    Draining,
+    Problem,
+    Severity,
+    SocketError,
+    describe,
+)
+from pgchannels.web.liveness import Heartbeat
+from pgchannels.web.refusal import refusal
+from pgchannels.web.statistics import Counts, Statistics
+from pgchannels.web.wire import ConnectionState
+
+if TYPE_CHECKING:
+    from starlette.websockets import WebSocket
+
+    from pgchannels.overflow import Overflow
+    from pgchannels.records import ConnectionInfo, Receipt
+    from pgchannels.web.auth import Action, Authentication, Authorize, Identity, Origins
+    from pgchannels.web.middleware import Middleware
+
+__all__ = ["ConnectionManager", "Shutdown", "check_layer"]
+
+logger = logging.getLogger("pgchannels.web")
+
+DEFAULT_LIMITS = Limits(per_user=1000, groups=1000)
+MAX_FRAME_SIZE = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """How a server says goodbye. Durations are seconds.
+
+    Args:
+        reconnect_within: each client is told, by ``{"type": "reconnect", "reconnect_in": …}``, when
+            to connect again; these times are spread evenly over so long.
+        timeout: what saying so to all of them may take.
+
+    Raises:
+        ConfigurationError: one is negative.
+    """
+
+    reconnect_within: float = 10.0
+    timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("reconnect_within", "timeout"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name} must not be negative: {getattr(self, name)!r}")
+
+
+class ConnectionManager:
+    """Admits connections by the same rules, and knows them. One or several in a process.
+
+    ::
+
+        connections = ConnectionManager(layer, limits=Limits(per_user=5))
+        app = FastAPI(lifespan=lifespan(connections))
+
+        @app.websocket("/ws/{room}")
+        async def chat(socket: WebSocket, room: str, user: CurrentUser) -> None:
+            async with connections.connect(socket, user_id=user.id) as connection:
+                await connection.join(f"room:{room}", after=connection.resume_position)
+                async for content in connection:
+                    await connection.publish(f"room:{room}", content)
+
+    Consumers are admitted by it with ``Room.as_endpoint(connections)``.
+
+    Args:
+        layer: the channel layer.
+        limits: how many connections there may be, and of what; by default, 1000 of a user, and
+            1000 channels that one connection reads.
+        heartbeat: how it is found out that a client is gone.
+        overflow: what becomes of messages for a client that does not keep up; by default it goes
+            back to the log, and reads on at its own pace.
+        send_timeout: seconds that a client may take nothing of what is sent to it, before the
+            socket is closed with 1013; None for ever.
+        max_frame_size: bytes; what is longer is answered by ``frame_too_large``, unread. The server
+            has a limit of its own, see :meth:`server_options`.
+        origins: from which sites browsers may connect. With cookies, the server's own by default.
+        authentication: who connects; without, that is the endpoint's to find out.
+        authorize: what they may do with which channel; without, that is the endpoint's to say.
+        middleware: what frames and messages pass through.
+        shutdown: how a server says goodbye.
+
+    Raises:
+        ConfigurationError: *layer* is no channel layer, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        layer: ChannelLayer,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        heartbeat: Heartbeat = Heartbeat(),  # noqa: B008 - frozen
+        overflow: Overflow | str | None = None,
+        send_timeout: float | None = 30.0,
+        max_frame_size: int = MAX_FRAME_SIZE,
+        origins: Origins | None = None,
+        authentication: Authentication | None = None,
+        authorize: Authorize | None = None,
+        middleware: Middleware | None = None,
+        shutdown: Shutdown = Shutdown(),
+    ) -> None:
+        check_layer(layer)
+        if send_timeout is not None and send_timeout <= 0:
+            raise ConfigurationError(f"send_timeout must be positive, not {send_timeout!r}")
+        if max_frame_size < 1:
+            raise ConfigurationError(f"max_frame_size must be positive, not {max_frame_size!r}")
+        self.layer = layer
+        self.limits = limits
+        self.heartbeat = heartbeat
+        self.overflow = overflow
+        self.send_timeout = send_timeout
+        self.max_frame_size = max_frame_size
+        self.origins = origins
+        self.authentication = authentication
+        self.authorize = authorize
+        self.middleware = middleware
+        self.shutdown = shutdown
+        self.is_draining = False
+        """Whether this server shuts down, and admits nobody any more."""
+        self._connections: dict[str, Connection] = {}
+        self._counts = Counts()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._unwatch: Callable[[], None] | None = None
+
+    @asynccontextmanager
+    async def connect(
+        self,
+        websocket: WebSocket,
+        *,
+        identity: Identity | None = None,
+        user_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[Connection]:
+        """Admit a socket, accept it, and serve it in this block; close it after.
+
+        When the client is gone, or something that serves the socket fails, the block is cancelled,
+        unless it is already at its end, as ``async for content in connection`` then is. What is
+        wrong about the client's request and is raised in the block, is told to the client and
+        closes the socket; any other exception does that with 1011, and is raised again.
+
+        Args:
+            websocket: of the endpoint, not accepted yet.
+            identity: who it is, as a dependency has found out; else ``authentication`` does.
+            user_id: whose it is, any text; that of the identity if None.
+            metadata: a JSON object of up to 8 KiB that presence shows.
+
+        Raises:
+            HTTPException: the socket is refused; the application answers it with that status. On a
+                server that cannot do so, a ``WebSocketException``.
+        """
+        connection = Connection(websocket, self)
+        try:
+            async with connection.life(identity, user_id, metadata):
+                await connection.start()
+                yield connection
+        except Refused as refused:
+            raise refusal(websocket, refused.problem) from refused
+
+    async def disconnect(
+        self, connection: Connection | str, code: int = NORMAL, reason: str = ""
+    ) -> None:
+        """Close a connection, of any node. Not an error if there is none.
+
+        Args:
+            connection: itself, or its id.
+            code: 1000 to 4999, but 1005 and 1006.
+            reason: up to 123 bytes.
+        """
+        name = _id_of(connection)
+        local = self._connections.get(name)
+        if local is not None:
+            local.close_soon(code, reason)
+        else:
+            await self.layer.command(Command("close", channel=name, code=code, reason=reason))
+
+    # Send: what is stored in the log, and reaches whoever is concerned on any node
+
+    async def send_personal(
+        self, connection: Connection | str, payload: Any, **options: Any
+    ) -> Receipt:
+        """Send to one connection, of any node. The *options* are those of ``layer.send()``."""
+        return await self.layer.send(_id_of(connection), payload, **options)
+
+    async def send_group(self, group: str, payload: Any, **options: Any) -> Receipt:
+        """Send to a group: see ``layer.group_send()``."""
+        return await self.layer.group_send(group, payload, **options)
+
+    async def send_group_except(
+        self, group: str, payload: Any, connection: Connection | str, **options: Any
+    ) -> Receipt:
+        """Send to a group, but not to this member."""
+        exclude = _id_of(connection)
+        return await self.layer.group_send(group, payload, exclude=exclude, **options)
+
+    async def send_to_user(self, user_id: str, payload: Any, **options: Any) -> Receipt:
+        """Send to all connections of a user, on all nodes."""
+        return await self.layer.send_to_user(user_id, payload, **options)
+
+    async def broadcast(self, payload: Any, **options: Any) -> Receipt:
+        """Send to every connection, on all nodes."""
+        return await self.layer.broadcast(payload, **options)
+
+    async def join_group(self, connection: Connection | str, group: str) -> None:
+        """Make a connection, of any node, a member of a group.
+
+        Raises:
+            GroupFull: it has as many members as the limits allow.
+        """
+        name = _id_of(connection)
+        local = self._connections.get(name)
+        if local is not None:
+            await local.group_add(group)
+        else:
+            await self.layer.group_add(group, name, limit=self.limits.group_members)
+
+    async def leave_group(self, connection: Connection | str, group: str) -> None:
+        """End a connection's membership. Not an error if there is none."""
+        name = _id_of(connection)
+        local = self._connections.get(name)
+        if local is not None:
+            await local.group_discard(group)
+        else:
+            await self.layer.group_discard(group, name)
+
+    # Find
+
+    def get(self, connection_id: str) -> Connection | None:
+        """The connection of this process that has this id."""
+        return self._connections.get(connection_id)
+
+    def __iter__(self) -> Iterator[Connection]:
+        """Those of this process, the oldest first; it may change meanwhile."""
+        return iter(list(self._connections.values()))
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def __bool__(self) -> bool:
+        return True  # one without connections is still a manager
+
+    def get_user_connections(self, user_id: str) -> list[Connection]:
+        """Those of a user in this process; :meth:`everywhere` has those of all nodes."""
+        return [each for each in self if each.user_id == user_id]
+
+    async def everywhere(self, *, user_id: str | None = None) -> AsyncIterator[ConnectionInfo]:
+        """All connections of all nodes, or those of a user, by their ids; read in pages."""
+        after: str | None = None
+        while page := await self.layer.connections(user_id=user_id, after=after):
+            for info in page:
+                yield info
+            after = page[-1].channel
+
+    async def count(self, *, user_id: str | None = None) -> int:
+        """How many there are on all nodes, or of a user."""
+        return await self.layer.count_connections(user_id=user_id)
+
+    def statistics(self) -> Statistics:
+        """What this process has counted."""
+        return self._counts.statistics(self._connections.values(), is_draining=self.is_draining)
+
+    # Send away
+
+    async def revoke(
+        self, *, user_id: str | None = None, token_id: str | None = None, **options: Any
+    ) -> None:
+        """Make tokens that have been issued until now worthless, and close what came with them.
+
+        As ``layer.revoke()``, whose *options* these are. On all nodes; sockets are closed with 3000.
+        """
+        await self.layer.revoke(user_id=user_id, token_id=token_id, **options)
+
+    async def drain(self) -> None:
+        """Admit nobody any more, and tell everybody when to connect again, to another server.
+
+        Every client gets ``{"type": "reconnect", "reconnect_in": seconds}`` and the close code
+        1012. Returns when all are gone, or after ``shutdown.timeout``; once more does it again.
+        """
+        self.is_draining = True
+        leaving = list(self)
+        # One in each slot, so that they are spread over the time whatever the dice say.
+        slots = random.sample(range(len(leaving)), len(leaving))
+        for slot, connection in zip(slots, leaving, strict=True):
+            slice_ = self.shutdown.reconnect_within / len(leaving)
+            wait = round((slot + random.random()) * slice_, 3)
+            connection.close_soon(
+                SERVICE_RESTART,
+                f"reconnect in {wait:g} s",
+                farewell={"type": "reconnect", "reconnect_in": wait},
+            )
+        try:
+            async with asyncio.timeout(self.shutdown.timeout):
+                await self._empty.wait()
+        except TimeoutError:
+            logger.warning("%d connections did not close in time", len(self._connections))
+
+    def server_options(self) -> dict[str, Any]:
+        """What uvicorn is to be given, for the heartbeat and the size of frames to be so.
+
+        ::
+
+            uvicorn.run(app, **connections.server_options())
+        """
+        # A little more, so that who is just above it gets an answer.
+        return {**self.heartbeat.server_options(), "ws_max_size": 2 * self.max_frame_size}
+
+    # For connections
+
+    def check_admissible(self, websocket: WebSocket) -> None:
+        """Refuse what needs no look at the database.
+
+        Raises:
+            Draining: this server shuts down.
+            ConnectionRefused: the page is of a site that may not connect.
+        """
+        if self.is_draining:
+            raise Draining
+        if self.origins is not None:
+            self.origins.check(websocket)
+        elif self.authentication is not None:
+            self.authentication.check_origin(websocket)
+
+    async def check_not_revoked(self, identity: Identity) -> None:
+        """Ask whether the token is still worth something.
+
+        Raises:
+            AuthenticationError: it has been revoked.
+        """
+        if await self.layer.is_revoked(
+            user_id=identity.user_id, token_id=identity.token_id, issued_at=identity.issued_at
+        ):
+            raise AuthenticationError("the token has been revoked", code="token_revoked")
+
+    async def allows(self, identity: Identity | None, action: Action, channel: str) -> bool:
+        """Whether ``authorize`` says so; without one, everything is the endpoint's to decide."""
+        return self.authorize is None or await is_allowed(self.authorize, identity, action, channel)
+
+    def enter(self, connection: Connection) -> None:
+        """A connection has been admitted."""
+        if not self._connections:
+            self._unwatch = self.layer.watch_commands(self._obey, self._missed)
+            self._empty.clear()
+        self._connections[connection.id] = connection
+        self._counts.opened += 1
+        if self.is_draining:  # it was on its way
+            connection.close_soon(SERVICE_RESTART, "shutting down")
+
+    def exit(self, connection: Connection) -> None:
+        """Nothing is left of a connection. One that was not admitted changes nothing."""
+        if self.middleware is not None:
+            self.middleware.closed(connection)
+        if self._connections.pop(connection.id, None) is None:
+            return
+        self._counts.add_traffic(connection)
+        self._counts.closed[connection.close_code or 0] += 1
+        if not self._connections:
+            self._empty.set()
+            if self._unwatch is not None:
+                self._unwatch()
+                self._unwatch = None
+
+    def note(self, error: Exception, connection: Connection) -> Problem:
+        """Count an error, log what is not the client's own, and say what the client may hear of it."""
+        if isinstance(error, SocketError) and error.connection is None:
+            error.connection = connection
+        problem = describe(error)
+        is_refused = problem.disconnects and connection.state is ConnectionState.CONNECTING
+        (self._counts.refused if is_refused else self._counts.errors)[problem.code] += 1
+        if problem.error_id is not None:
+            logger.error(
+                "%s failed; its socket is closed; error %s",
+                type(connection).__name__,
+                problem.error_id,
+                exc_info=error,
+                extra={"error_id": problem.error_id, "connection": connection.id},
+            )
+        elif problem.severity is not Severity.INFO:
+            logger.warning("%s: %s", type(connection).__name__, error)
+        return problem
+
+    # What other nodes say
+
+    def _obey(self, command: Command) -> None:
+        for connection in self:
+            if not connection.is_meant_by(command):
+                continue
+            if command.action == "close":
+                connection.close_soon(command.code, command.reason)
+            else:
+                connection.reauthorize_soon()
+
+    def _missed(self) -> None:
+        """Commands may have been lost: find out whom they would have concerned."""
+        for connection in self:
+            connection.reauthorize_soon()
+
+
+def check_layer(layer: object) -> None:
+    """Raise :class:`ConfigurationError` for anything that is not a layer."""
+    if not isinstance(layer, ChannelLayer):
+        raise ConfigurationError(f"expected a channel layer, not {layer!r}")
+
+
+def _id_of(connection: Connection | str) -> str:
+    return connection if isinstance(connection, str) else connection.id

@@ -1,0 +1,137 @@
+"""Whether the other end of a socket is still there. Pure: no I/O, no clock.
+
+By default the server asks, with the protocol's own pings (RFC 6455, section 5.5.2), which no
+application can send through ASGI; :meth:`Heartbeat.server_options` tells it how. Where something
+between the two answers pings by itself, or the client is to know that it is heard, a heartbeat can
+be JSON: ``{"type": "ping"}``, and any frame counts as an answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from math import inf
+from typing import Any, Literal
+
+from pgchannels.errors import ConfigurationError
+
+__all__ = ["Heartbeat", "Liveness", "Verdict"]
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """How it is found out that a client is gone. Durations are seconds.
+
+    Args:
+        interval: after so long a silence the client is asked, and again each time as long.
+        timeout: after so long a silence it counts as gone, and the socket is closed with 1011.
+        missed: as many questions may stay without an answer; one more, and it counts as gone,
+            even before the *timeout*.
+        by: ``"protocol"`` leaves it to the server, ``"json"`` asks by messages, ``"off"`` not at
+            all. A client's own ``{"type": "ping"}`` is answered by all three.
+
+    Raises:
+        ConfigurationError: for what is not positive, or a timeout not longer than the interval.
+    """
+
+    interval: float = 30.0
+    timeout: float = 60.0
+    missed: int = 2
+    by: Literal["protocol", "json", "off"] = "protocol"
+
+    def __post_init__(self) -> None:
+        if self.by not in ("protocol", "json", "off"):
+            raise ConfigurationError(f"a heartbeat is by 'protocol', 'json' or 'off': {self.by!r}")
+        if not 0 < self.interval < self.timeout < inf:
+            raise ConfigurationError(
+                f"a heartbeat's timeout ({self.timeout:g} s) must be longer than its interval "
+                f"({self.interval:g} s), and both positive"
+            )
+        if self.missed < 1:
+            raise ConfigurationError(f"a heartbeat may miss one answer at least, not {self.missed}")
+
+    def server_options(self) -> dict[str, Any]:
+        """What uvicorn is to be given: ``uvicorn.run(app, **options)``.
+
+        It pings every *interval*, and gives up when there is no answer within the rest of
+        *timeout*, with 1011.
+        """
+        if self.by == "off":
+            return {"ws_ping_interval": None, "ws_ping_timeout": None}
+        return {
+            "ws_ping_interval": self.interval,
+            "ws_ping_timeout": self.timeout - self.interval,
+        }
+
+
+class Verdict(Enum):
+    """What is to be done about a socket."""
+
+    FINE = "fine"
+    PING = "ask the client whether it is there"
+    GONE = "the client does not answer"
+    STUCK = "the client takes nothing of what is sent"
+    EXPIRED = "its token has run out"
+
+
+class Liveness:
+    """What is known of one socket's life. Times are seconds of one monotonic clock.
+
+    Args:
+        heartbeat: how often to ask; what is not by ``"json"`` asks nothing.
+        send_timeout: how long sending may go without progress; None for ever.
+        now: when the socket was accepted.
+    """
+
+    def __init__(self, heartbeat: Heartbeat, send_timeout: float | None, now: float) -> None:
+        self._heartbeat = heartbeat
+        self._asks = heartbeat.by == "json"
+        self._send_timeout = inf if send_timeout is None else send_timeout
+        self.heard_at = now
+        """When the client last sent something."""
+        self._asked = 0
+        self._sending = 0
+        self._progress_at = now
+        self._expires_at = inf
+
+    def heard(self, now: float) -> None:
+        """The client has sent something."""
+        self.heard_at = now
+        self._asked = 0
+
+    def sending(self, now: float) -> None:
+        """Something is about to be sent."""
+        if not self._sending:
+            self._progress_at = now
+        self._sending += 1
+
+    def sent(self, now: float) -> None:
+        """The connection has taken it."""
+        self._sending -= 1
+        self._progress_at = now
+
+    def expire_at(self, when: float) -> None:
+        """The client's token is good until then; :data:`math.inf` for ever."""
+        self._expires_at = when
+
+    def check(self, now: float) -> tuple[Verdict, float]:
+        """What is to be done now, and when to look again at the latest; ``inf`` for never."""
+        if now >= self._expires_at:
+            return Verdict.EXPIRED, inf
+        if self._sending and now - self._progress_at >= self._send_timeout:
+            return Verdict.STUCK, inf
+        # A send may begin at any time, and is to be noticed soon after its time is over.
+        again = min(self._expires_at, now + self._send_timeout / 2)
+        if self._sending:
+            again = min(again, self._progress_at + self._send_timeout)
+        if not self._asks:
+            return Verdict.FINE, again
+        heartbeat = self._heartbeat
+        ask_at = self.heard_at + (self._asked + 1) * heartbeat.interval
+        gone_at = self.heard_at + heartbeat.timeout
+        if now >= gone_at or (now >= ask_at and self._asked >= heartbeat.missed):
+            return Verdict.GONE, inf
+        if now < ask_at:
+            return Verdict.FINE, min(again, ask_at, gone_at)
+        self._asked += 1
+        return Verdict.PING, min(again, ask_at + heartbeat.interval, gone_at)

@@ -1,0 +1,228 @@
+"""A socket by itself: frames in and out, whether the other end is there, how it is closed.
+
+It knows nothing of channels. What goes on beside each other on one socket are its tasks, and
+:meth:`Wire.close_soon` ends them all, from wherever it is called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Coroutine, Iterable
+from enum import Enum
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from pgchannels.web.codes import (
+    ABNORMAL,
+    INTERNAL_ERROR,
+    NORMAL,
+    SENDABLE,
+    TRY_AGAIN_LATER,
+)
+from pgchannels.web.errors import Problem, TokenExpired
+from pgchannels.web.frames import encode_json
+from pgchannels.web.incoming import Frame
+from pgchannels.web.liveness import Heartbeat, Liveness, Verdict
+from pgchannels.web.tasks import SocketTasks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["CLOSING_TIME", "ConnectionState", "Wire"]
+
+logger = logging.getLogger("pgchannels.web")
+
+# Seconds that saying goodbye may take: to the client, in disconnect(), and to the database, each.
+CLOSING_TIME = 5.0
+
+
+class ConnectionState(Enum):
+    """How far a connection has come."""
+
+    CONNECTING = "connecting"
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class Wire:
+    """One socket of Starlette's.
+
+    Args:
+        websocket: the socket, not accepted yet.
+        heartbeat: how it is found out that the client is gone.
+        send_timeout: seconds that sending may go without progress; None for ever.
+    """
+
+    def __init__(
+        self, websocket: WebSocket, heartbeat: Heartbeat, send_timeout: float | None
+    ) -> None:
+        self.websocket = websocket
+        self.messages_in = self.bytes_in = self.messages_out = self.bytes_out = 0
+        self.close_code: int | None = None
+        """What it was closed with, by either side; None while it is open."""
+        self._tasks = SocketTasks()
+        self._loop = asyncio.get_running_loop()
+        self._liveness = Liveness(heartbeat, send_timeout, self._loop.time())
+        self._timer: asyncio.TimerHandle | None = None
+        self._asked_to_close: int | None = None
+        self._gone: int | None = None
+        self._farewell: str | None = None
+        self._reason = ""
+
+    @property
+    def path_params(self) -> Mapping[str, Any]:
+        return self.websocket.path_params
+
+    @property
+    def query_params(self) -> Mapping[str, str]:
+        return self.websocket.query_params
+
+    @property
+    def state(self) -> ConnectionState:
+        if self.close_code is not None:
+            return ConnectionState.CLOSED
+        if (self._tasks.ended, self._gone, self._asked_to_close) != (None, None, None):
+            return ConnectionState.CLOSING
+        if self.websocket.application_state is WebSocketState.CONNECTING:
+            return ConnectionState.CONNECTING
+        return ConnectionState.OPEN
+
+    @property
+    def idle_time(self) -> float:
+        """Seconds since the client last sent something."""
+        return self._loop.time() - self._liveness.heard_at
+
+    async def accept(
+        self, subprotocol: str | None = None, headers: Iterable[tuple[bytes, bytes]] | None = None
+    ) -> None:
+        """Accept the socket, unless that has been done."""
+        if self.websocket.application_state is WebSocketState.CONNECTING:
+            await self.websocket.accept(subprotocol, headers)
+
+    async def close(self, code: int = NORMAL, reason: str | None = None) -> None:
+        """Close the socket. Before it was accepted, this refuses it with HTTP 403."""
+        if self.websocket.application_state is not WebSocketState.DISCONNECTED:
+            self._asked_to_close = code
+            await self.websocket.close(code, reason)
+
+    def close_soon(self, code: int, reason: str = "", farewell: object = None) -> None:
+        """Close the socket soon, from outside of its tasks. At once; never raises.
+
+        Args:
+            code: what it is closed with.
+            reason: up to 123 bytes.
+            farewell: what is sent before that, as JSON.
+        """
+        if self._tasks.ended is None:
+            self._part(reason, None if farewell is None else encode_json(farewell))
+            self._tasks.end(code)
+
+    async def send_text(self, text: str) -> None:
+        """Send a text frame, past the log."""
+        await self._sending(self.websocket.send_text(text))
+        self.bytes_out += len(text)  # characters: nearly the same, and not encoded once more
+
+    async def send_bytes(self, data: bytes) -> None:
+        """Send a binary frame, past the log."""
+        await self._sending(self.websocket.send_bytes(data))
+        self.bytes_out += len(data)
+
+    async def send_json(self, content: Any) -> None:
+        """Send *content*, which may be or hold pydantic models, as a text frame."""
+        await self.send_text(encode_json(content))
+
+    def spawn(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        """Run *coroutine* beside the socket, until it returns or the socket ends.
+
+        If it raises, the socket is closed with 1011, or with 1013 where the database is away:
+        something that it was open for is missing.
+
+        Raises:
+            RuntimeError: the socket is not open any more.
+        """
+        self._tasks.spawn(coroutine)
+
+    async def _send_frame(self, frame: str | bytes) -> None:
+        if isinstance(frame, str):
+            await self.send_text(frame)
+        else:
+            await self.send_bytes(frame)
+
+    async def _sending(self, sending: Awaitable[None]) -> None:
+        liveness = self._liveness
+        liveness.sending(self._loop.time())
+        try:
+            await sending
+        finally:
+            liveness.sent(self._loop.time())
+        self.messages_out += 1
+
+    async def _next_frame(self) -> Frame:
+        """What the client sends. Ends as an iterator does when it is gone."""
+        if self._gone is not None:
+            raise StopAsyncIteration
+        received = await self.websocket.receive()
+        if received["type"] == "websocket.disconnect":
+            self._gone = int(received.get("code") or ABNORMAL)
+            raise StopAsyncIteration
+        text: str | None = received.get("text")
+        frame = Frame(received.get("bytes") or b"" if text is None else text)
+        self.messages_in += 1
+        self.bytes_in += len(frame.raw)
+        self._liveness.heard(self._loop.time())
+        return frame
+
+    async def _send_error(self, problem: Problem) -> None:
+        if self.websocket.application_state is WebSocketState.CONNECTING:
+            await self.accept()
+        if self.websocket.application_state is WebSocketState.CONNECTED:
+            await self.send_text(problem.response().encode())
+
+    def _watch(self) -> None:
+        """Look after the client, and again when there may be something to see."""
+        self._watch_no_more()
+        verdict, again = self._liveness.check(self._loop.time())
+        match verdict:
+            case Verdict.PING if self.state is ConnectionState.OPEN:
+                self._tasks.spawn(self.send_json({"type": "ping"}))
+            case Verdict.GONE:
+                self.close_soon(INTERNAL_ERROR, "no answer to pings")
+            case Verdict.STUCK:
+                self.close_soon(TRY_AGAIN_LATER, "nothing is taken of what is sent")
+            case Verdict.EXPIRED:
+                self._tasks.end(TokenExpired())
+        if again < inf and self._tasks.ended is None:
+            self._timer = self._loop.call_at(again, self._watch)
+
+    def _watch_no_more(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _part(self, reason: str, farewell: str | None) -> None:
+        """With which words the socket is to be closed."""
+        self._reason, self._farewell = reason, farewell
+
+    async def _take_leave(self, code: int) -> None:
+        """Close the socket with *code*, if it is still open; not for longer than a moment."""
+        self._watch_no_more()
+        try:
+            if self._gone is None and code in SENDABLE:
+                # Also when the server cancels: a client must know why, and whether to come back.
+                with anyio.move_on_after(CLOSING_TIME, shield=True):
+                    await self._say_goodbye(code)
+        finally:
+            self.close_code = code
+
+    async def _say_goodbye(self, code: int) -> None:
+        try:
+            if self._farewell and self.websocket.application_state is WebSocketState.CONNECTED:
+                await self.websocket.send_text(self._farewell)
+            await self.close(code, self._reason)
+        except (RuntimeError, WebSocketDisconnect):
+            logger.debug("the socket was gone before it could be closed")
