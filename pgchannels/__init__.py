@@ -6,6 +6,7 @@ from pgchannels.configuration import (
     get_channel_layer,
     get_channel_layer_from_env,
 )
+from pgchannels.control import Command
 from pgchannels.envelopes import websocket_bytes_message, websocket_json_message
 from pgchannels.errors import (
     ChannelFull,
@@ -30,13 +31,14 @@ from pgchannels.errors import (
 )
 from pgchannels.follower import Batch, Follower
 from pgchannels.layer import ChannelLayer
+from pgchannels.limits import Limits
 from pgchannels.memory import MemoryLayer
 from pgchannels.messages import BEGINNING, Message, Position
 from pgchannels.overflow import Overflow
 from pgchannels.payloads import Serializer
 from pgchannels.postgres import PostgresLayer
 from pgchannels.rates import Admission, FixedWindow, TokenBucket
-from pgchannels.records import FollowerStatus, HistoryPage, Present, Receipt
+from pgchannels.records import ConnectionInfo, FollowerStatus, HistoryPage, Present, Receipt
 from pgchannels.settings import Settings
 from pgchannels.stream import Stream
 
@@ -48,7 +50,9 @@ __all__ = [
     "ChannelFull",
     "ChannelLayer",
     "ChannelLayerClosed",
+    "Command",
     "ConfigurationError",
+    "ConnectionInfo",
     "DatabaseError",
     "DatabaseUnavailable",
     "FixedWindow",
@@ -63,6 +67,7 @@ __all__ = [
     "InvalidPayload",
     "InvalidPosition",
     "InvalidUser",
+    "Limits",
     "MemoryLayer",
     "Message",
     "MessageTooLarge",

@@ -2,7 +2,7 @@
 
 Importing this module, in ``env.py``, adds operations for use in revisions:
 
-- ``op.pgchannels_upgrade(to="0003")`` and ``op.pgchannels_downgrade(to="base")``;
+- ``op.pgchannels_upgrade(to="0004")`` and ``op.pgchannels_downgrade(to="base")``;
 - ``op.pgchannels_watch("orders", "orders:{customer_id}")`` and ``op.pgchannels_unwatch("orders")``.
 
 They run in the migration's own transaction, or are written to its script (``--sql``), and need to

@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 from pgchannels.errors import InvalidChannel, InvalidUser
 
 __all__ = [
+    "COMMANDS",
     "DIRECT",
     "EVERYONE",
     "MAX_CHANNEL_LENGTH",
@@ -34,6 +35,9 @@ DIRECT = RESERVED + "direct"
 
 MEMBERS = RESERVED + "members"
 """News for nodes: these channels' memberships have changed, look at them."""
+
+COMMANDS = RESERVED + "commands"
+"""What nodes are to do with their connections. Clients neither read it nor write to it."""
 
 _USER = RESERVED + "user:"
 _PRESENCE = "presence:"

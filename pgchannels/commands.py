@@ -402,6 +402,7 @@ _LABELS = {
     "floor": "the log begins after id",
     "messages_deleted": "messages deleted, past the retention",
     "keys_deleted": "idempotency keys forgotten",
+    "revocations_deleted": "revocations forgotten",
     "memberships_ended": "memberships ended, of channels not in use",
     "receivers_deleted": "channels forgotten that nobody receives from",
     "expired_deleted": "messages deleted, past their own time to live",

@@ -10,12 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Iterable, Mapping
 from datetime import datetime, timedelta
+from hashlib import sha256
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import orjson
 
 from pgchannels.channels import (
+    COMMANDS,
     DIRECT,
     EVERYONE,
     check_channel,
@@ -23,9 +25,16 @@ from pgchannels.channels import (
     presence_channel,
     user_channel,
 )
+from pgchannels.control import COMMAND_LIFETIME, Command, check_token_id
 from pgchannels.envelopes import Envelope, websocket_bytes_message, websocket_json_message
-from pgchannels.errors import InvalidChannel, InvalidMessage, UnknownPosition
+from pgchannels.errors import (
+    ConfigurationError,
+    InvalidChannel,
+    InvalidMessage,
+    UnknownPosition,
+)
 from pgchannels.filters import Filter
+from pgchannels.limits import Limits, check_limit
 from pgchannels.messages import (
     ATTACHMENTS,
     BEGINNING,
@@ -39,7 +48,9 @@ from pgchannels.messages import (
     parse_start,
 )
 from pgchannels.payloads import DEFAULT, Serializer, encode_payload
+from pgchannels.rates import Admission, FixedWindow, Rate, TokenBucket, check_cost
 from pgchannels.records import (
+    ConnectionInfo,
     FollowerStatus,
     Head,
     HistoryPage,
@@ -63,8 +74,15 @@ MAX_RECIPIENTS = 1000
 MAX_KEY_LENGTH = 200
 MAX_HEADERS_SIZE = 8192
 MAX_METADATA_SIZE = 8192
+MAX_CONNECTIONS = 1000
+MAX_RATE_KEY = 1000
 
 _MAX_ID = 2**63 - 1
+_MAX_KEEP = timedelta(days=3660)
+_REVOKED = "revoked"
+# Bytes of a text that is stored as it is. An entry of an index has its bounds.
+_MAX_STORED = 200
+_DIGEST = "sha256:"
 # Pages of the log that one call looks through for what a filter wants.
 _MAX_FILTERED_PAGES = 10
 
@@ -452,6 +470,7 @@ class ChannelLayer(ABC):
         *,
         user_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
     ) -> str:
         """Make a channel of this layer's own, and return its name.
 
@@ -462,6 +481,19 @@ class ChannelLayer(ABC):
             prefix: the beginning of the name, up to 150 characters.
             user_id: whose it is, any text: for :meth:`send_to_user` and presence.
             metadata: a JSON object of up to 8 KiB that presence shows: a name, a colour.
+            limits: then the channel is a connection: it counts for others' limits, and is listed
+                by :meth:`connections`. It is made only if by then, on all nodes, there are fewer
+                connections than each of the limits that are given.
+
+        Should the process be held up for longer than its lease, its connections lose their places,
+        and ask for them again when it is back. Streams that read as one that is refused then end
+        with TooManyConnections, and the channel is no more.
+
+        Raises:
+            TooManyConnections: it was not made; the exception says for which limit.
+            InvalidChannel, InvalidUser, InvalidMessage: for a bad argument.
+            DatabaseUnavailable: with limits also while this node has no lease, for a few seconds
+                after it was held up.
         """
 
     @abstractmethod
@@ -471,12 +503,22 @@ class ChannelLayer(ABC):
         *,
         user_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Set user and metadata of a channel that this layer has made, both.
 
         Memberships keep what they were joined with.
 
+        Args:
+            channel: from :meth:`new_channel`.
+            user_id: whose it is from now on.
+            metadata: see :meth:`new_channel`.
+            limits: change it only if there is a place for it; a channel that was no connection
+                becomes one. None to change it in any case, and leave its limits as they were.
+
         Raises:
+            TooManyConnections: nothing was changed. A connection has a place on its node and in
+                all already; it may be the new user's connections that are too many.
             InvalidUser: *user_id* cannot be a user's id.
             InvalidChannel: it is not a channel of this layer's :meth:`new_channel`.
         """
@@ -486,7 +528,12 @@ class ChannelLayer(ABC):
         """Remove a channel that this layer has made, and its memberships. Again: does nothing."""
 
     async def group_add(
-        self, group: str, channel: str, *, presence: PresenceBy | None = None
+        self,
+        group: str,
+        channel: str,
+        *,
+        presence: PresenceBy | None = None,
+        limit: int | None = None,
     ) -> None:
         """Make *channel* a member of *group*. Again: renews it.
 
@@ -501,17 +548,27 @@ class ChannelLayer(ABC):
             presence: count it in :meth:`presence`, and publish ``presence.joined`` and
                 ``presence.left`` on :func:`~pgchannels.channels.presence_channel`: ``"user"``, all
                 connections of a user as one, or ``"connection"``, each by itself.
+            limit: make it a member only if the group has fewer members than that, on all nodes. It
+                is exact among those who are added with a limit; who is added without one is not
+                held up, and counts from when it is committed. Who is a member already stays one.
 
         Raises:
+            GroupFull: it is no member.
             InvalidChannel: for a bad name.
             InvalidUser: ``presence="user"`` for a channel without a user.
+            ConfigurationError: *limit* is no integer of at least 1.
         """
+        check_limit("limit", limit)
         if presence is not None:
             if presence not in ("user", "connection"):
                 raise ValueError(f"presence must be 'user' or 'connection', not {presence!r}")
             presence_channel(group)
         await self._change_membership(
-            check_channel(group), check_channel(channel), adding=True, presence=presence
+            check_channel(group),
+            check_channel(channel),
+            adding=True,
+            presence=presence,
+            limit=limit,
         )
 
     async def group_discard(self, group: str, channel: str) -> None:
@@ -530,6 +587,136 @@ class ChannelLayer(ABC):
     @abstractmethod
     async def presence(self, group: str) -> list[Present]:
         """Who is in the group, of those who were added with ``presence=``; first come first."""
+
+    # Connections
+
+    async def connections(
+        self, *, user_id: str | None = None, after: str | None = None, limit: int = MAX_CONNECTIONS
+    ) -> list[ConnectionInfo]:
+        """The connections on all nodes, by the names of their channels: a page of them.
+
+        Those are the channels that were made with limits.
+
+        Args:
+            user_id: of this user only.
+            after: those whose channels come after this one: the last one of the page before.
+            limit: 1 to 1000.
+
+        Raises:
+            InvalidUser, InvalidChannel, ValueError: for bad arguments.
+        """
+        if not 1 <= limit <= MAX_CONNECTIONS:
+            raise ValueError(f"limit must be 1 to {MAX_CONNECTIONS}, not {limit}")
+        name = None if after is None else check_channel(after)
+        return await self._connections(check_owner(user_id), name, limit)
+
+    async def count_connections(self, *, user_id: str | None = None) -> int:
+        """How many connections there are on all nodes: in all, or of a user."""
+        return await self._count_connections(check_owner(user_id))
+
+    async def revoke(
+        self,
+        *,
+        user_id: str | None = None,
+        token_id: str | None = None,
+        keep: timedelta = timedelta(days=1),
+    ) -> None:
+        """Let tokens be no good any more: a user's that were issued until now, or one by its id.
+
+        What time it is, the database says. All nodes are told, by a
+        :class:`~pgchannels.Command` to ``reauthorize`` the connections of the user, or those that
+        came with the token.
+
+        Args:
+            user_id: whose tokens.
+            token_id: which token, 1 to 1000 characters.
+            keep: how long that is remembered: at least as long as a token is good.
+
+        Raises:
+            InvalidUser, InvalidMessage, ValueError: for bad arguments, or for none.
+        """
+        commands = []
+        if user_id is not None:
+            commands.append(Command("reauthorize", user_id=user_id, reason=_REVOKED))
+        if token_id is not None:
+            commands.append(Command("reauthorize", token_id=token_id, reason=_REVOKED))
+        if not commands:
+            raise ValueError("revoke() takes a user_id, a token_id, or both")
+        if not timedelta(0) < keep <= _MAX_KEEP:
+            raise ValueError(f"keep must be above 0 and at most {_MAX_KEEP.days} days")
+        await self._revoke(
+            [*_revocable(user_id, token_id).items()],
+            keep,
+            [self._outgoing(COMMANDS, c.to_dict(), ttl=COMMAND_LIFETIME) for c in commands],
+        )
+
+    async def is_revoked(
+        self,
+        *,
+        user_id: str | None = None,
+        token_id: str | None = None,
+        issued_at: datetime | None = None,
+    ) -> bool:
+        """Whether a token is no good any more: by its id, or as one of its user's.
+
+        Args:
+            user_id: whose it is.
+            token_id: its id, if it has one.
+            issued_at: when, with time zone. None if it does not say: then it is one of those that
+                were issued before any revocation.
+
+        Raises:
+            InvalidUser, InvalidMessage, ValueError: for bad arguments, or for none.
+        """
+        check_owner(user_id)
+        if token_id is not None:
+            check_token_id(token_id)
+        if user_id is None and token_id is None:
+            raise ValueError("is_revoked() takes a user_id, a token_id, or both")
+        if issued_at is not None and issued_at.tzinfo is None:
+            raise ValueError("issued_at needs a time zone")
+        return await self._is_revoked(_revocable(user_id, token_id), issued_at)
+
+    async def command(self, command: Command) -> Receipt:
+        """Tell all nodes, this one too, what to do with their connections, in order.
+
+        Raises:
+            DatabaseUnavailable: it may or may not have been told.
+        """
+        return await self._publish(
+            self._outgoing(COMMANDS, command.to_dict(), ttl=COMMAND_LIFETIME)
+        )
+
+    @abstractmethod
+    def commands(self) -> Stream:
+        """What all nodes are told from now on; :meth:`Command.parse` reads the messages.
+
+        For what serves connections, and nobody else: under its name the channel can be neither
+        read nor written.
+        """
+
+    async def take(self, key: str, rate: Rate, cost: int = 1) -> Admission:
+        """Take from what a rate admits to a key, on all nodes together, if there is room.
+
+        The time is the database's. After a crash of its server all keys begin anew.
+
+        Args:
+            key: what is limited, a user or an address: 1 to 1000 characters. A bucket and a window
+                of the same key have nothing to do with each other.
+            rate: what is admitted. It should be the same for a key each time; where it is changed,
+                what was taken before may or may not count.
+            cost: how much is taken, 1 to the rate's capacity.
+
+        Raises:
+            ConfigurationError: there is never room for *cost*.
+            InvalidMessage: *key* is none.
+            DatabaseUnavailable: it may or may not have been taken.
+        """
+        if not isinstance(rate, (TokenBucket, FixedWindow)):
+            raise ConfigurationError(f"a rate is a TokenBucket or a FixedWindow, not {rate!r}")
+        check_cost(rate, cost)
+        kind = "bucket" if isinstance(rate, TokenBucket) else "window"
+        return await self._take(f"{kind}:{_short(_check_rate_key(key))}", rate, cost)
 
     def wake(self) -> None:  # noqa: B027 - most layers have nothing to do here
         """Something was committed by other ways than this layer's. From any thread; never raises.
@@ -557,8 +744,35 @@ class ChannelLayer(ABC):
 
     @abstractmethod
     async def _change_membership(
-        self, group: str, channel: str, *, adding: bool, presence: PresenceBy | None
+        self,
+        group: str,
+        channel: str,
+        *,
+        adding: bool,
+        presence: PresenceBy | None,
+        limit: int | None = None,
     ) -> None: ...
+
+    @abstractmethod
+    async def _connections(
+        self, user_id: str | None, after: str | None, limit: int
+    ) -> list[ConnectionInfo]: ...
+
+    @abstractmethod
+    async def _count_connections(self, user_id: str | None) -> int: ...
+
+    @abstractmethod
+    async def _revoke(
+        self, revoked: list[tuple[str, str]], keep: timedelta, commands: list[Outgoing]
+    ) -> None:
+        """Remember kinds and values, and publish, both or nothing."""
+
+    @abstractmethod
+    async def _is_revoked(self, values: Mapping[str, str], issued_at: datetime | None) -> bool:
+        """*values* by kind: ``"user"``, ``"token"``, or both."""
+
+    @abstractmethod
+    async def _take(self, key: str, rate: Rate, cost: int) -> Admission: ...
 
     def _outgoing(self, channel: str, payload: Any, **options: Any) -> Outgoing:
         return outgoing(channel, payload, self.settings, self.serializer, **options)
@@ -640,6 +854,41 @@ def encode_metadata(metadata: Mapping[str, Any] | None) -> str | None:
     if encoded.attachments:
         raise InvalidMessage("metadata cannot hold bytes")
     return encoded.text
+
+
+def _revocable(user_id: str | None, token_id: str | None) -> dict[str, str]:
+    given = {"user": user_id, "token": token_id}
+    return {kind: _short(value) for kind, value in given.items() if value is not None}
+
+
+def _short(text: str) -> str:
+    """The text, or its digest if it is long; no two have the same."""
+    encoded = text.encode()
+    if len(encoded) <= _MAX_STORED and not text.startswith(_DIGEST):
+        return text
+    return _DIGEST + sha256(encoded).hexdigest()
+
+
+def _check_rate_key(key: object) -> str:
+    if not isinstance(key, str) or not 1 <= len(key) <= MAX_RATE_KEY or "\0" in key:
+        raise InvalidMessage(f"the key of a rate is a str of 1 to {MAX_RATE_KEY} characters")
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidMessage("the key of a rate must not hold a lone surrogate") from error
+    return key
+
+
+def check_limits(limits: Limits | None) -> Limits | None:
+    """Return *limits* if they are some, or None.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    given: object = limits
+    if given is not None and not isinstance(given, Limits):
+        raise ConfigurationError(f"limits must be Limits(…), not {given!r}")
+    return limits
 
 
 def check_owner(user_id: str | None) -> str | None:

@@ -28,10 +28,14 @@ from pgchannels.errors import (
     ChannelLayerClosed,
     DatabaseError,
     DatabaseUnavailable,
+    GroupFull,
     InvalidChannel,
     InvalidPayload,
     InvalidUser,
+    PGChannelsError,
+    TooManyConnections,
 )
+from pgchannels.limits import Limits
 from pgchannels.member import Member
 from pgchannels.waiting import set_within
 
@@ -67,6 +71,8 @@ class _Add(NamedTuple):
     channel: str
     user_id: str | None
     metadata: str | None
+    limits: Limits | None
+    """Under which it gets its place; None if it is no connection, and needs none."""
 
 
 class _Change(NamedTuple):
@@ -78,6 +84,8 @@ class _Change(NamedTuple):
     presence: PresenceBy | None
     since: int
     """Messages after this are the member's at the latest: the database counts from a later one."""
+    limit: int | None
+    """How many members the group may have then."""
 
 
 class _Remove(NamedTuple):
@@ -87,6 +95,9 @@ class _Remove(NamedTuple):
 
 
 _Request: TypeAlias = _Add | _Change | _Remove
+
+# Why one of them was refused.
+_Refusals: TypeAlias = dict[_Request, PGChannelsError]
 
 
 class Members:
@@ -164,20 +175,29 @@ class Members:
             await self._remove([row["name"] for row in rows])
         await self._store.fetch("remove_node", self._id)
 
-    async def new_channel(self, prefix: str, user_id: str | None, metadata: str | None) -> str:
+    async def new_channel(
+        self, prefix: str, user_id: str | None, metadata: str | None, limits: Limits | None
+    ) -> str:
         name = new_name(prefix, self._name)
         try:
-            await self._changes.submit(_Add(name, user_id, metadata))
+            await self._changes.submit(_Add(name, user_id, metadata, limits))
+        except TooManyConnections:
+            raise
         except BaseException:
             self._to_remove.add(name)  # it may have been made
             raise
-        self._members[name] = Member(name, user_id, metadata)
+        self._members[name] = Member(name, user_id, metadata, limits)
         return name
 
-    async def update_channel(self, name: str, user_id: str | None, metadata: str | None) -> None:
+    async def update_channel(
+        self, name: str, user_id: str | None, metadata: str | None, limits: Limits | None
+    ) -> None:
         member = self[name]
-        await self._changes.submit(_Add(name, user_id, metadata))
+        # Changed in any case, a connection goes on being one.
+        unlimited = None if member.limits is None else Limits()
+        await self._changes.submit(_Add(name, user_id, metadata, limits or unlimited))
         member.update(user_id, metadata)
+        member.limits = limits or member.limits
 
     async def delete_channel(self, name: str) -> None:
         member = self._members.pop(name, None)
@@ -196,9 +216,15 @@ class Members:
             self._to_remove.add(name)
 
     async def change_membership(
-        self, group: str, channel: str, *, adding: bool, presence: PresenceBy | None
+        self,
+        group: str,
+        channel: str,
+        *,
+        adding: bool,
+        presence: PresenceBy | None,
+        limit: int | None,
     ) -> None:
-        change = _Change(group, channel, adding, presence, self._hub.cursor)
+        change = _Change(group, channel, adding, presence, self._hub.cursor, limit)
         try:
             await self._changes.submit(change)
         except DatabaseError as error:
@@ -299,28 +325,61 @@ class Members:
             self._wakeup.clear()
 
     async def _restore(self) -> None:
-        """Bring back what lived by the lease that was lost."""
+        """Bring back what lived by the lease that was lost, but for what there is no place left."""
         self._to_restore = False
         try:
             # In line with what is asked for now: what has been ended meanwhile stays ended.
-            channels = [_Add(m.name, m.user_id, m.metadata) for m in self._members.values()]
-            await asyncio.gather(*map(self._changes.submit, channels))
+            members = list(self._members.values())
+            added = [_Add(m.name, m.user_id, m.metadata, m.limits) for m in members]
+            for member, error in zip(members, await self._submitted(added), strict=True):
+                if error is not None:
+                    self._end(member, error)
             memberships = [
                 self._membership(member, group)
                 for member in self._members.values()
                 for group in member.groups
             ]
-            await asyncio.gather(*map(self._changes.submit, memberships))
+            for change, error in zip(memberships, await self._submitted(memberships), strict=True):
+                lost = self._members.get(change.channel)
+                if error is not None and lost is not None:
+                    logger.warning("a membership was lost with the lease: %s", error)
+                    lost.left(change.group)
         except BaseException:
             self._to_restore = True
             raise
+
+    async def _submitted(self, requests: Sequence[_Request]) -> list[PGChannelsError | None]:
+        """Do what is asked for; for each, why it was refused, if that is because of a limit."""
+        results = await asyncio.gather(*map(self._changes.submit, requests), return_exceptions=True)
+        refused: list[PGChannelsError | None] = []
+        for result in results:
+            if result is None or isinstance(result, (TooManyConnections, GroupFull)):
+                refused.append(result)
+            else:
+                raise result
+        return refused
+
+    def _end(self, member: Member, error: PGChannelsError) -> None:
+        """Nobody here has asked for it: the channel has lost its place."""
+        if self._members.get(member.name) is not member:
+            return  # somebody has, meanwhile
+        logger.warning("a connection was lost with the lease: %s", error)
+        del self._members[member.name]
+        self._to_remove.add(member.name)
+        member.end(error)
+        self._receivers.end(member.name)
 
     def _membership(self, member: Member, group: str) -> _Change:
         presence = member.presences.get(group)
         if presence == "user" and member.user_id is None:
             presence = None  # it has become nobody's since
         return _Change(
-            group, member.name, adding=True, presence=presence, since=member.groups[group]
+            group,
+            member.name,
+            adding=True,
+            presence=presence,
+            since=member.groups[group],
+            limit=member.capacities.get(group),
         )
 
     async def _reap(self) -> bool:
@@ -368,45 +427,91 @@ class Members:
 
     # What is asked for, together
 
-    async def _change(self, requests: Sequence[_Request]) -> Sequence[None]:
+    async def _change(self, requests: Sequence[_Request]) -> Sequence[PGChannelsError | None]:
         # Whatever fails half done may be done again as a whole. The later of two about one thing
         # counts; and a channel that goes, goes last.
         added = {r.channel: r for r in requests if isinstance(r, _Add)}
         changed = {(r.group, r.channel): r for r in requests if isinstance(r, _Change)}
         removed = {r.channel for r in requests if isinstance(r, _Remove)}
-        if added:
-            names, users, metadata = zip(*added.values(), strict=True)
+        refused: _Refusals = {}
+        if plain := [add for add in added.values() if add.limits is None]:
+            names, users, metadata, _ = zip(*plain, strict=True)
             await self._store.fetch("add_channels", names, self._id, users, metadata)
+        if connections := [add for add in added.values() if add.limits is not None]:
+            refused |= await self._admit(connections)
         # Apart, for each has an order in which it locks rows.
         for adding in (False, True):
-            if some := [change for change in changed.values() if change.adding is adding]:
-                await self._change_memberships(some)
+            some = [change for change in changed.values() if change.adding is adding]
+            if unlimited := [change for change in some if change.limit is None]:
+                await self._change_memberships(unlimited)
+            if limited := [change for change in some if change.limit is not None]:
+                refused |= await self._join(limited)
         if removed:
             await self._remove(removed)
-        return [None] * len(requests)
+        for request in requests:
+            # What counted in the place of an earlier one answers for it.
+            if isinstance(request, _Add) and (error := refused.get(added[request.channel])):
+                refused[request] = error
+        return [refused.get(request) for request in requests]
+
+    async def _admit(self, requests: Sequence[_Add]) -> _Refusals:
+        names, users, metadata, given = zip(*requests, strict=True)
+        rows = await self._store.fetch(
+            "admit",
+            self._id,
+            names,
+            users,
+            metadata,
+            [limits.per_user for limits in given],
+            [limits.per_node for limits in given],
+            [limits.total for limits in given],
+        )
+        errors = {row["channel"]: _refusal(row["scope"], row["allowed"]) for row in rows}
+        return {r: errors[r.channel] for r in requests if r.channel in errors}
+
+    async def _join(self, changes: Sequence[_Change]) -> _Refusals:
+        groups, names, _, presences, _, limits = zip(*changes, strict=True)
+        grace = timedelta(seconds=self._settings.presence_grace)
+        (row,) = await self._store.fetch(
+            "join_groups", groups, names, presences, limits, grace, self._id
+        )
+        refused = {changes[place - 1] for place in row["refused"]}
+        self._changed([change for change in changes if change not in refused], row["published"])
+        return {change: GroupFull(change.group, change.limit or 0) for change in refused}
 
     async def _change_memberships(self, changes: Sequence[_Change]) -> None:
-        groups, names, adding, presences, _ = zip(*changes, strict=True)
+        groups, names, adding, presences, _, _ = zip(*changes, strict=True)
         grace = timedelta(seconds=self._settings.presence_grace)
         (row,) = await self._store.fetch(
             "change_memberships", groups, names, adding, presences, grace, self._id
         )
-        if row[0]:
+        self._changed(changes, row[0])
+
+    def _changed(self, changes: Sequence[_Change], published: int) -> None:
+        if published:
             self._wake_sequencer()
         # Here, and not where it was asked for: whoever did may have been cancelled.
         for change in changes:
             member = self._members.get(change.channel)
             if member is not None and change.adding:
-                member.joined(change.group, change.since, change.presence)
+                member.joined(change.group, change.since, change.presence, change.limit)
             elif member is not None:
                 member.left(change.group)
-        self._receivers.look(names)
+        self._receivers.look([change.channel for change in changes])
 
     async def _remove(self, names: Iterable[str]) -> None:
         grace = timedelta(seconds=self._settings.presence_grace)
         (row,) = await self._store.fetch("remove_channels", list(names), grace, self._id)
         if row[0]:
             self._wake_sequencer()
+
+
+def _refusal(scope: str, limit: int) -> PGChannelsError:
+    match scope:
+        case "user" | "node" | "total":
+            return TooManyConnections(scope, limit)
+        case _:
+            return DatabaseUnavailable("this node has lost its lease, and registers anew")
 
 
 def _in_parts(items: Sequence[T]) -> Iterable[Sequence[T]]:

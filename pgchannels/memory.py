@@ -7,23 +7,27 @@ of the process. Layers that are given one :class:`MemoryLog` are as nodes on one
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from pgchannels.channels import check_channel, new_name
+from pgchannels.channels import COMMANDS, check_channel, new_name
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError, InvalidChannel
 from pgchannels.follower import Follower
-from pgchannels.layer import ChannelLayer, check_owner, encode_metadata
+from pgchannels.layer import ChannelLayer, check_limits, check_owner, encode_metadata
+from pgchannels.limits import Limits
 from pgchannels.member import Member
 from pgchannels.memory_follower import MemoryFollower, statuses
-from pgchannels.memory_log import MemoryLog
+from pgchannels.memory_log import Channel, MemoryLog
 from pgchannels.messages import Message, Position
 from pgchannels.overflow import Overflow
 from pgchannels.payloads import DEFAULT, Serializer
+from pgchannels.rates import Admission, Rate
 from pgchannels.records import (
+    ConnectionInfo,
     FollowerStatus,
     Head,
     LogPage,
@@ -121,6 +125,12 @@ class MemoryLayer(ChannelLayer):
             member=None if member is None else node.member(member),
         )
 
+    def commands(self) -> Stream:
+        node = self._opened
+        return Stream(
+            (), None, source=node, settings=self.settings, streams=node.streams, own=(COMMANDS,)
+        )
+
     def follow(self, *channels: str, name: str, after: Position | str | None = None) -> Follower:
         node = self._opened
         if not channels:
@@ -152,11 +162,18 @@ class MemoryLayer(ChannelLayer):
         *,
         user_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
     ) -> str:
         node = self._opened
         member = Member(new_name(prefix, node.id), check_owner(user_id), encode_metadata(metadata))
+        self.log.add_channel(
+            member.name,
+            node.id,
+            user_id=member.user_id,
+            metadata=member.metadata,
+            limits=check_limits(limits),
+        )
         node.members[member.name] = member
-        self.log.add_channel(member.name, node.id, user_id=member.user_id, metadata=member.metadata)
         return member.name
 
     async def update_channel(
@@ -165,10 +182,12 @@ class MemoryLayer(ChannelLayer):
         *,
         user_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        member = self._opened.member(channel)
-        member.update(check_owner(user_id), encode_metadata(metadata))
-        self.log.update_channel(channel, member.user_id, member.metadata)
+        member = self._opened.member(check_channel(channel))
+        user, text = check_owner(user_id), encode_metadata(metadata)
+        self.log.update_channel(channel, user, text, check_limits(limits))
+        member.update(user, text)
 
     async def delete_channel(self, channel: str) -> None:
         node = self._opened
@@ -219,14 +238,69 @@ class MemoryLayer(ChannelLayer):
         return await self._opened.position_before(time)
 
     async def _change_membership(
-        self, group: str, channel: str, *, adding: bool, presence: PresenceBy | None
+        self,
+        group: str,
+        channel: str,
+        *,
+        adding: bool,
+        presence: PresenceBy | None,
+        limit: int | None = None,
     ) -> None:
         node = self._opened
         if adding:
             expiry = timedelta(seconds=self.settings.group_expiry)
-            self.log.add(group, channel, presence=presence, expiry=expiry)
+            self.log.add(group, channel, presence=presence, limit=limit, expiry=expiry)
         else:
             self.log.discard(group, channel, node.grace)
+
+    async def _connections(
+        self, user_id: str | None, after: str | None, limit: int
+    ) -> list[ConnectionInfo]:
+        self._opened.check_open()
+        found = self.log.connections(user_id)
+        names = sorted(name for name in found if after is None or name > after)
+        return [self._info(name, found[name]) for name in names[:limit]]
+
+    def _info(self, name: str, channel: Channel) -> ConnectionInfo:
+        assert channel.node is not None
+        assert channel.connected_at is not None
+        return ConnectionInfo(
+            channel=name,
+            node=channel.node,
+            host=socket.gethostname(),
+            user_id=channel.user_id,
+            metadata=self.serializer.loads(channel.metadata) if channel.metadata else None,
+            connected_at=channel.connected_at,
+        )
+
+    async def _count_connections(self, user_id: str | None) -> int:
+        self._opened.check_open()
+        return len(self.log.connections(user_id))
+
+    async def _revoke(
+        self, revoked: list[tuple[str, str]], keep: timedelta, commands: list[Outgoing]
+    ) -> None:
+        self._opened.check_open()
+        for kind, value in revoked:
+            self.log.revoke(kind, value, keep)
+        for command in commands:
+            await self._publish(command)
+
+    async def _is_revoked(self, values: Mapping[str, str], issued_at: datetime | None) -> bool:
+        self._opened.check_open()
+        for kind, value in values.items():
+            revoked_at = self.log.revoked_at(kind, value)
+            if revoked_at is not None and (
+                kind == "token" or issued_at is None or issued_at <= revoked_at
+            ):
+                return True
+        return False
+
+    async def _take(self, key: str, rate: Rate, cost: int) -> Admission:
+        self._opened.check_open()
+        # A loop that takes must let others have their turn.
+        await asyncio.sleep(0)
+        return self.log.take_rate(key, rate, cost)
 
     @property
     def _opened(self) -> _Node:

@@ -19,11 +19,13 @@ from typing import Protocol
 from uuid import UUID
 
 from pgchannels.channels import DIRECT, is_connection
-from pgchannels.errors import ChannelFull
+from pgchannels.errors import ChannelFull, GroupFull, TooManyConnections
+from pgchannels.limits import Limits
 from pgchannels.member import Member
 from pgchannels.memory_members import Members
 from pgchannels.messages import Message, Position
 from pgchannels.payloads import DEFAULT, Serializer
+from pgchannels.rates import Admission, Limiter, Rate
 from pgchannels.records import Head, LogPage, Outgoing, PresenceBy, Receipt
 from pgchannels.settings import Settings
 
@@ -60,6 +62,8 @@ class Channel:
     metadata: str | None = None
     is_received: bool = False
     """Whether somebody has received from it; a connection's may only be read."""
+    connected_at: datetime | None = None
+    """When it was given its place; None if it is no connection."""
 
 
 @dataclass
@@ -107,6 +111,8 @@ class MemoryLog:
         self._channels: dict[str, Channel] = {}
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}
         self._dead: dict[UUID, datetime] = {}
+        self._revoked: dict[tuple[str, str], tuple[datetime, datetime]] = {}
+        self._rates: dict[Rate, Limiter] = {}
         self._agenda: list[_Due] = []
         self._number = count()
 
@@ -119,6 +125,7 @@ class MemoryLog:
     def prune(self) -> None:
         """Remove now what is over by the clock, killed layers too whose leases have run out."""
         now = self.advance()
+        self._revoked = {of: times for of, times in self._revoked.items() if times[1] > now}
         for node in [node for node, due in self._dead.items() if due <= now]:
             del self._dead[node]
             for name in [name for name, each in self._channels.items() if each.node == node]:
@@ -322,14 +329,62 @@ class MemoryLog:
     # Channels and groups
 
     def add_channel(
-        self, name: str, node: UUID, *, user_id: str | None, metadata: str | None
+        self,
+        name: str,
+        node: UUID,
+        *,
+        user_id: str | None,
+        metadata: str | None,
+        limits: Limits | None,
     ) -> None:
-        """Make a connection's channel. Its receivers begin with what is sent from now on."""
-        self._channels[name] = Channel(self.head_id, self.advance(), node, user_id, metadata)
+        """Make a channel of a node's. Its receivers begin with what is sent from now on.
 
-    def update_channel(self, name: str, user_id: str | None, metadata: str | None) -> None:
+        Raises:
+            TooManyConnections: there is no place for it.
+        """
+        channel = Channel(self.head_id, self.advance(), node, user_id, metadata)
+        self._admit(channel, user_id, limits)
+        self._channels[name] = channel
+
+    def update_channel(
+        self, name: str, user_id: str | None, metadata: str | None, limits: Limits | None
+    ) -> None:
+        """Set whose it is.
+
+        Raises:
+            TooManyConnections: the user has too many.
+        """
         channel = self._channels[name]
+        self._admit(channel, user_id, limits)
         channel.user_id, channel.metadata = user_id, metadata
+
+    def connections(self, user_id: str | None) -> dict[str, Channel]:
+        """The channels that are connections, or those of a user."""
+        self.advance()
+        return {
+            name: channel
+            for name, channel in self._channels.items()
+            if channel.connected_at is not None and user_id in (None, channel.user_id)
+        }
+
+    def _admit(self, channel: Channel, user_id: str | None, limits: Limits | None) -> None:
+        """Give a channel its place as a user's connection."""
+        if limits is None:
+            return
+        has_place = channel.connected_at is not None
+        others = [c for c in self._channels.values() if c.connected_at is not None]
+        if user_id is not None and not (has_place and channel.user_id == user_id):
+            count = sum(other.user_id == user_id for other in others)
+            if limits.per_user is not None and count >= limits.per_user:
+                raise TooManyConnections("user", limits.per_user)
+        if has_place:
+            return
+        count = sum(other.node == channel.node for other in others)
+        if limits.per_node is not None and count >= limits.per_node:
+            raise TooManyConnections("node", limits.per_node)
+        if limits.total is not None and len(others) >= limits.total:
+            raise TooManyConnections("total", limits.total)
+        channel.connected_at = self.clock()
 
     def remove_channel(self, name: str, grace: timedelta) -> None:
         """Remove a channel and its memberships."""
@@ -337,14 +392,28 @@ class MemoryLog:
             self.discard(member.group, name, grace)
         self._channels.pop(name, None)
 
-    def add(self, group: str, name: str, *, presence: PresenceBy | None, expiry: timedelta) -> None:
-        """Make a channel a member of a group; that of a connection that is gone is left out."""
+    def add(
+        self,
+        group: str,
+        name: str,
+        *,
+        presence: PresenceBy | None,
+        limit: int | None,
+        expiry: timedelta,
+    ) -> None:
+        """Make a channel a member of a group; that of a connection that is gone is left out.
+
+        Raises:
+            GroupFull: it has as many members as it may have.
+        """
         now = self.advance()
         channel = self._channels.get(name)
         if channel is None and is_connection(name):
             return
         channel = channel or Channel(0, now)
         is_new = self.members.get(group, name) is None
+        if is_new and limit is not None and len(self.members.channels(group)) >= limit:
+            raise GroupFull(group, limit)
         member = self.members.add(
             group,
             name,
@@ -368,6 +437,26 @@ class MemoryLog:
         if self.members.next_departure is not None:
             for node in self.nodes.values():
                 node.watch_departures()
+
+    # Revocations and rates
+
+    def revoke(self, kind: str, value: str, keep: timedelta) -> None:
+        """Remember that the tokens of a user, or a token, are no good that were issued by now."""
+        now = self.advance()
+        _, kept = self._revoked.get((kind, value), (now, now))
+        self._revoked[kind, value] = now, max(kept, now + keep)
+
+    def revoked_at(self, kind: str, value: str) -> datetime | None:
+        """When that was, if it is remembered."""
+        revoked_at, until = self._revoked.get((kind, value), (None, self.advance()))
+        return revoked_at if until > self.clock() else None
+
+    def take_rate(self, key: str, rate: Rate, cost: int) -> Admission:
+        """Take from what a rate admits to a key."""
+        now = self.clock()
+        if rate not in self._rates:
+            self._rates[rate] = Limiter(rate)
+        return self._rates[rate].take(key, round(now.timestamp() * 1e9), cost)
 
     def _member(self, name: str) -> Member | None:
         channel = self._channels.get(name)

@@ -21,6 +21,7 @@ from pgchannels.pruner import Pruner
 from pgchannels.publisher import Publisher
 from pgchannels.receivers import Receivers
 from pgchannels.sequencer import Sequencer
+from pgchannels.shared_rates import SharedRates
 from pgchannels.snapshots import Snapshots
 from pgchannels.store import Session, Store
 from pgchannels.stream import Stream
@@ -88,6 +89,7 @@ class Node:
             self.receivers,
             self._sequencer.wake,
         )
+        self.rates = SharedRates(self.store)
         self._ephemeral = Ephemeral(self.store, self.hub)
         self.listener = Listener(
             settings,
@@ -128,6 +130,7 @@ class Node:
         # not taken goes back before the task is ended that does it.
         await asyncio.gather(
             self.publisher.close(),
+            self.rates.close(),
             self.receivers.close(),
             *(follower.close() for follower in list(self.followers)),
         )

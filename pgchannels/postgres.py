@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
-from pgchannels.channels import check_channel
+from pgchannels.channels import COMMANDS, check_channel
+from pgchannels.control import COMMAND_LIFETIME
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError
 from pgchannels.follower import Follower
-from pgchannels.layer import ChannelLayer, check_owner, encode_metadata
+from pgchannels.layer import ChannelLayer, check_limits, check_owner, encode_metadata
+from pgchannels.limits import Limits
 from pgchannels.messages import Message, Position
 from pgchannels.node import Node
 from pgchannels.overflow import Overflow
 from pgchannels.payloads import DEFAULT, Serializer
 from pgchannels.postgres_follower import PostgresFollower, follower_statuses, forget_follower
-from pgchannels.records import FollowerStatus, LogPage, Outgoing, PresenceBy, Present, Receipt
+from pgchannels.rates import Admission, Rate
+from pgchannels.records import (
+    ConnectionInfo,
+    FollowerStatus,
+    LogPage,
+    Outgoing,
+    PresenceBy,
+    Present,
+    Receipt,
+)
 from pgchannels.settings import Settings
 from pgchannels.stream import Stream
 
@@ -123,6 +134,17 @@ class PostgresLayer(ChannelLayer):
             member=None if member is None else node.members[check_channel(member)],
         )
 
+    def commands(self) -> Stream:
+        node = self._opened
+        return Stream(
+            (),
+            None,
+            source=node.hub,
+            settings=self.settings,
+            streams=node.streams,
+            own=(COMMANDS,),
+        )
+
     def follow(self, *channels: str, name: str, after: Position | str | None = None) -> Follower:
         node = self._opened
         return PostgresFollower(
@@ -187,9 +209,10 @@ class PostgresLayer(ChannelLayer):
         *,
         user_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
     ) -> str:
         return await self._opened.members.new_channel(
-            prefix, check_owner(user_id), encode_metadata(metadata)
+            prefix, check_owner(user_id), encode_metadata(metadata), check_limits(limits)
         )
 
     async def update_channel(
@@ -198,9 +221,13 @@ class PostgresLayer(ChannelLayer):
         *,
         user_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         await self._opened.members.update_channel(
-            check_channel(channel), check_owner(user_id), encode_metadata(metadata)
+            check_channel(channel),
+            check_owner(user_id),
+            encode_metadata(metadata),
+            check_limits(limits),
         )
 
     async def delete_channel(self, channel: str) -> None:
@@ -247,11 +274,65 @@ class PostgresLayer(ChannelLayer):
         return await self._opened.hub.position_before(time)
 
     async def _change_membership(
-        self, group: str, channel: str, *, adding: bool, presence: PresenceBy | None
+        self,
+        group: str,
+        channel: str,
+        *,
+        adding: bool,
+        presence: PresenceBy | None,
+        limit: int | None = None,
     ) -> None:
         await self._opened.members.change_membership(
-            group, channel, adding=adding, presence=presence
+            group, channel, adding=adding, presence=presence, limit=limit
         )
+
+    async def _connections(
+        self, user_id: str | None, after: str | None, limit: int
+    ) -> list[ConnectionInfo]:
+        store = self._opened.store
+        if user_id is None:
+            rows = await store.fetch("connections", after or "", limit)
+        else:
+            rows = await store.fetch("connections_of_user", after or "", limit, user_id)
+        return [
+            ConnectionInfo(
+                channel=row["name"],
+                node=row["node"],
+                host=row["host"],
+                user_id=row["user_id"],
+                metadata=self.serializer.loads(row["metadata"]) if row["metadata"] else None,
+                connected_at=row["created_at"],
+            )
+            for row in rows
+        ]
+
+    async def _count_connections(self, user_id: str | None) -> int:
+        store = self._opened.store
+        if user_id is None:
+            (row,) = await store.fetch("count_connections")
+        else:
+            (row,) = await store.fetch("count_connections_of_user", user_id)
+        count: int = row["count"]
+        return count
+
+    async def _revoke(
+        self, revoked: list[tuple[str, str]], keep: timedelta, commands: list[Outgoing]
+    ) -> None:
+        node = self._opened
+        kinds, values = zip(*revoked, strict=True)
+        payloads = [command.payload for command in commands]
+        await node.store.fetch("revoke", kinds, values, keep, payloads, COMMAND_LIFETIME)
+        node.wake()
+
+    async def _is_revoked(self, values: Mapping[str, str], issued_at: datetime | None) -> bool:
+        (row,) = await self._opened.store.fetch(
+            "is_revoked", values.get("token"), values.get("user"), issued_at
+        )
+        found: bool = row["is_revoked"]
+        return found
+
+    async def _take(self, key: str, rate: Rate, cost: int) -> Admission:
+        return await self._opened.rates.take(key, rate, cost)
 
     @property
     def _opened(self) -> Node:

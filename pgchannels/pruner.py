@@ -53,6 +53,8 @@ class PruneReport:
     batches_deleted: int = 0
     keys_deleted: int = 0
     """Idempotency keys past their lifetime."""
+    revocations_deleted: int = 0
+    """Of tokens that have expired by themselves."""
     memberships_ended: int = 0
     """Of ordinary channels that were not used for long."""
     receivers_deleted: int = 0
@@ -130,6 +132,7 @@ class Pruner:
             report.expired_deleted = await self._value("count_expired", gone)
             report.batches_deleted = await self._value("count_batches", overdue)
             report.keys_deleted = await self._value("count_expired_keys")
+            report.revocations_deleted = await self._value("count_expired_revocations")
             if self._group_expiry is not None:
                 report.memberships_ended = await self._value(
                     "count_stale_memberships", self._group_expiry
@@ -147,6 +150,8 @@ class Pruner:
         # Not up to the floor: when a batch was sealed says when its messages will be overdue.
         report.batches_deleted = await self._in_chunks("delete_batches", overdue)
         report.keys_deleted = await self._in_chunks("delete_expired_keys")
+        report.revocations_deleted = await self._in_chunks("delete_expired_revocations")
+        await self._in_chunks("delete_due_rates")
         if self._group_expiry is not None:
             report.memberships_ended = await self._in_chunks(
                 "end_stale_memberships", self._group_expiry

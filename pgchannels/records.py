@@ -11,6 +11,7 @@ from uuid import UUID
 from pgchannels.messages import Message, Position
 
 __all__ = [
+    "ConnectionInfo",
     "FollowerStatus",
     "Head",
     "HistoryPage",
@@ -100,6 +101,21 @@ class Present:
     """As given with the channel; of a user with several, that of the newest."""
     joined_at: datetime
     """When the first of the connections joined, by the database's clock."""
+
+
+@dataclass(frozen=True)
+class ConnectionInfo:
+    """A connection that is there, on whatever node."""
+
+    channel: str
+    node: UUID
+    """By whose lease it lives; a node that has lost its lease gets a new id."""
+    host: str | None
+    """The name of the machine that the node runs on; None while it is being cleared away."""
+    user_id: str | None
+    metadata: Mapping[str, Any] | None
+    connected_at: datetime
+    """When it was given its place, by the database's clock."""
 
 
 class Move(NamedTuple):

@@ -36,7 +36,7 @@ __all__ = [
     "outbox",
 ]
 
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004")
 """Every revision that there has been, oldest first."""
 
 NEEDED_REVISION = REVISIONS[-1]

@@ -103,8 +103,10 @@ class Stream:
         settings: Settings,
         streams: set[Stream],
         member: Member | None = None,
+        own: tuple[str, ...] = (),
     ) -> None:
-        self._initial = tuple(check_channel(channel) for channel in channels)
+        # The library's own channels are for nobody to name: a layer that reads one gives it apart.
+        self._initial = (*(check_channel(channel) for channel in channels), *own)
         self._beginning = parse_start(after, since)
         self._filter = None if filter is None else Filter.parse(filter)
         self._source = source
@@ -191,6 +193,8 @@ class Stream:
             start = await self._start(self._beginning)
             self._add(self._initial, start)
             if member is not None:
+                if member.ended is not None:
+                    raise member.ended
                 member.streams.add(self)
                 self._add(tuple(member.inherited), start)
                 for group, since in member.groups.items():
@@ -312,6 +316,8 @@ class Stream:
                 last position is good to resume from.
             UnknownPosition: the log has been rewritten (a backup restored, say) and no longer
                 holds what has been read. Load the state anew.
+            TooManyConnections: the member that it reads as has lost its place: its node had been
+                declared dead, and by the time that it was back others had taken the places.
             DatabaseError: the log cannot be read, for another reason than that it is away.
             RuntimeError: outside of ``async with``, or while another task waits here.
         """

@@ -522,6 +522,16 @@ select n.name, $2, n.user_id, n.metadata::json, b.head, false
 on conflict (name) do update
     set node = excluded.node, user_id = excluded.user_id, metadata = excluded.metadata;
 
+-- name: admit
+-- Make or change channels that are connections. A row for each that is refused; see the function.
+select a.channel, a.scope, a.allowed
+  from pgchannels.admit($1, $2::text[], $3::text[], $4::text[], $5::integer[], $6::integer[], $7::integer[]) a;
+
+-- name: join_groups
+-- Add members to groups with limits. "refused" has the places in the arrays, from 1.
+select j.refused, j.published
+  from pgchannels.join_groups($1::text[], $2::text[], $3::text[], $4::integer[], $5::interval, $6::uuid) j;
+
 -- name: change_memberships
 select pgchannels.change_memberships($1::text[], $2::text[], $3::boolean[], $4::text[], $5::interval, $6::uuid);
 
@@ -551,6 +561,83 @@ select p.user_id, p.presence, p.channel, p.connections, p.metadata, p.joined_at
         window w as (partition by m.identity)
          order by m.identity, m.left_at is null desc, m.joined_at desc) p
  order by p.joined_at, p.user_id, p.channel;
+
+-- Connections
+
+-- name: connections
+-- By name, after $1, up to $2 of them.
+select c.name, c.node, n.info ->> 'host' as host, c.user_id, c.metadata, c.created_at
+  from pgchannels.channels c left join pgchannels.nodes n on n.id = c.node
+ where c.is_connection and c.name collate "C" > $1::text order by c.name collate "C" limit $2;
+
+-- name: connections_of_user
+-- The same, of the user $3.
+select c.name, c.node, n.info ->> 'host' as host, c.user_id, c.metadata, c.created_at
+  from pgchannels.channels c left join pgchannels.nodes n on n.id = c.node
+ where c.is_connection and md5(c.user_id) = md5($3::text) and c.user_id = $3 and c.name collate "C" > $1::text
+ order by c.name collate "C" limit $2;
+
+-- name: count_connections
+select coalesce(sum(n.connections), 0) as count from pgchannels.nodes n;
+
+-- name: count_connections_of_user
+select count(*) from pgchannels.channels c
+ where c.is_connection and md5(c.user_id) = md5($1::text) and c.user_id = $1;
+
+-- name: revoke
+-- And tell all nodes, in the same transaction: $4 are the payloads of commands, $5 how long they last.
+with revoked as (
+    insert into pgchannels.revocations as r (kind, value, revoked_at, expires_at)
+    select v.kind, v.value, t.now, t.now + $3::interval
+      from unnest($1::text[], $2::text[]) v(kind, value)
+     cross join (select clock_timestamp() as now offset 0) t
+     order by v.kind, v.value
+    on conflict (kind, value) do update
+        set revoked_at = greatest(r.revoked_at, excluded.revoked_at),
+            expires_at = greatest(r.expires_at, excluded.expires_at)
+)
+insert into pgchannels.outbox (channel, payload, expires_at)
+select 'pgchannels:commands', c.payload::json, clock_timestamp() + $5::interval
+  from unnest($4::text[]) with ordinality c(payload, place) order by c.place;
+
+-- name: is_revoked
+-- A token by its id, whenever it was issued; those of a user that were issued by then, at $3 if that
+-- is known. "or" lets the planner look up both by the primary key.
+select exists (
+    select from pgchannels.revocations r
+     where (r.kind = 'token' and r.value = $1::text
+            or r.kind = 'user' and r.value = $2::text and ($3::timestamptz is null or $3 <= r.revoked_at))
+       and r.expires_at > clock_timestamp()) as is_revoked;
+
+-- name: count_expired_revocations
+select count(*) from pgchannels.revocations r where r.expires_at <= clock_timestamp();
+
+-- name: delete_expired_revocations
+-- Not one that is being renewed now.
+with deleted as (
+    delete from pgchannels.revocations r
+     using (select e.kind, e.value from pgchannels.revocations e
+             where e.expires_at <= clock_timestamp()
+             order by e.kind, e.value limit $1 for update skip locked) e
+     where r.kind = e.kind and r.value = e.value
+    returning 1
+)
+select count(*) from deleted;
+
+-- name: take
+select t.allowed, t.remaining, t.retry_after
+  from pgchannels.take($1::text[], $2::bigint[], $3::bigint[], $4::double precision[], $5::double precision[]) t;
+
+-- name: delete_due_rates
+-- Not one that somebody takes from now.
+with deleted as (
+    delete from pgchannels.rates t
+     using (select d.key from pgchannels.rates d
+             where d.due_at <= clock_timestamp() order by d.due_at limit $1 for update skip locked) d
+     where t.key = d.key
+    returning 1
+)
+select count(*) from deleted;
 
 -- Followers
 

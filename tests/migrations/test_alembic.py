@@ -222,13 +222,15 @@ class TestUpgrade:
 
     @pytest.mark.parametrize("to", ["head", "0009", "", "base"])
     def test_only_to_a_revision_that_is_known(self, empty_database_url: str, to: str) -> None:
-        with pytest.raises(ConfigurationError, match=rf"no revision '{to}'.*0001, 0002, 0003"):
+        with pytest.raises(
+            ConfigurationError, match=rf"no revision '{to}'.*0001, 0002, 0003, 0004"
+        ):
             run(empty_database_url, lambda op: op.pgchannels_upgrade(to=to))
 
     @pytest.mark.parametrize("found", ["0002x", "0"])
     def test_a_schema_that_somebody_has_tampered_with(self, database_url: str, found: str) -> None:
         execute(database_url, f"update pgchannels.alembic_version set version_num = '{found}'")
-        with pytest.raises(sa.exc.DBAPIError, match=f"cannot get from revision {found} to 0003"):
+        with pytest.raises(sa.exc.DBAPIError, match=f"cannot get from revision {found} to 0004"):
             run(database_url, upgrade)
 
     def test_what_fails_says_why(self, empty_database_url: str) -> None:
@@ -301,14 +303,14 @@ class TestDowngrade:
         run(empty_database_url, lambda op: op.pgchannels_downgrade(to="0002"))
         assert dump(postgres, empty_database_url) == before
 
-    @pytest.mark.parametrize("to", ["base", "0003"])
+    @pytest.mark.parametrize("to", ["base", "0004"])
     def test_of_one_that_it_does_not_know(self, database_url: str, to: str) -> None:
         execute(database_url, "update pgchannels.alembic_version set version_num = '9999'")
         with pytest.raises(sa.exc.DBAPIError, match=f"cannot get from revision 9999 to {to}"):
             run(database_url, lambda op: op.pgchannels_downgrade(to=to))
 
     def test_only_to_a_revision_that_is_known(self, database_url: str) -> None:
-        with pytest.raises(ConfigurationError, match=r"'0000'.*base, 0001, 0002, 0003"):
+        with pytest.raises(ConfigurationError, match=r"'0000'.*base, 0001, 0002, 0003, 0004"):
             run(database_url, lambda op: op.pgchannels_downgrade(to="0000"))
 
 

@@ -110,15 +110,17 @@ class TestDowngrade:
         migrate.upgrade(database_url)
         assert dump(postgres, database_url) == before
 
-    def test_of_the_newest_revision_is_as_if_it_had_never_been(
-        self, database_url: str, empty_database_url: str, postgres: EmbeddedPostgres
+    @pytest.mark.parametrize("to", REVISIONS[1:-1])
+    def test_of_a_revision_is_as_if_it_had_never_been(
+        self, database_url: str, empty_database_url: str, postgres: EmbeddedPostgres, to: str
     ) -> None:
         """Definitions, settings of routines and privileges, which a dump has all."""
         execute(database_url, "create table watched (id int primary key)")
         execute(empty_database_url, "create table watched (id int primary key)")
-        execute(database_url, "select pgchannels.watch('watched', 'room')")
-        migrate.downgrade(database_url, REVISIONS[-2])
-        migrate.upgrade(empty_database_url, REVISIONS[-2])
+        if to < "0003":  # before there was such a thing
+            execute(database_url, "select pgchannels.watch('watched', 'room')")
+        migrate.downgrade(database_url, to)
+        migrate.upgrade(empty_database_url, to)
         assert dump(postgres, database_url) == dump(postgres, empty_database_url)
 
     def test_of_what_is_newer_is_refused(self, database_url: str) -> None:

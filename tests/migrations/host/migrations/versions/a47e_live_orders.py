@@ -9,7 +9,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.pgchannels_upgrade(to="0003")  # type: ignore[attr-defined]
+    op.pgchannels_upgrade(to="0004")  # type: ignore[attr-defined]
     op.pgchannels_watch("orders", "orders:{customer_id}", columns=["status", "total"])  # type: ignore[attr-defined]
 
 

@@ -1,0 +1,336 @@
+-- Limits of connections and groups, revocations, commands to all nodes, shared rates.
+--
+-- Written for the schema "pgchannels"; whoever runs it puts in the configured name. Code of revision
+-- 0003 goes on working: its channels are no connections, and count for nobody's limit.
+
+alter table pgchannels.channels add column is_connection boolean not null default false;
+
+comment on column pgchannels.channels.is_connection is 'it counts where connections are limited, and is in their registry';
+
+-- For the registry, page by page. In the order of code points, whatever the database's is.
+create index channels_connections on pgchannels.channels (name collate "C") where is_connection;
+
+-- Digests, for the id of a user may be longer than an entry of an index can be.
+create index channels_user on pgchannels.channels (md5(user_id), name collate "C") where is_connection;
+
+alter table pgchannels.nodes add column connections integer not null default 0;
+
+comment on column pgchannels.nodes.connections is 'how many rows of channels are connections of this node; changed in the transaction that changes those';
+
+-- What is in the log is taken for a node's word where it tells nodes what to do: a publisher, which
+-- may insert any channel's name, must not give commands. Looked at where the name is this one only.
+-- Not validated: the rows that are there are none, or a publisher's of revision 0003.
+alter table pgchannels.outbox add constraint outbox_commands_are_nodes check (
+    channel <> 'pgchannels:commands' or has_function_privilege('pgchannels.seal(integer)', 'execute')) not valid;
+
+create table pgchannels.revocations (
+    kind text not null,
+    value text not null,
+    revoked_at timestamptz not null,
+    expires_at timestamptz not null,
+    constraint revocations_pkey primary key (kind, value),
+    constraint revocations_kind_is_valid check (kind in ('user', 'token'))
+);
+
+create index revocations_expires_at on pgchannels.revocations (expires_at);
+
+comment on table pgchannels.revocations is 'whose tokens are no good, of those that were issued up to then; a long value is there as its digest';
+
+-- Rates that all nodes share. Not logged: a take flushes nothing, and after a crash of the server all
+-- begin anew. Updated in place: half of each page is free, and no index has what a take changes but
+-- for due_at, which moves by steps.
+create unlogged table pgchannels.rates (
+    key text collate "C" not null,
+    -- a bucket: what was in it at that time
+    tokens double precision,
+    at timestamptz,
+    -- a window: when it ends, and what it has taken
+    ends_at timestamptz,
+    taken bigint,
+    due_at timestamptz not null,
+    constraint rates_pkey primary key (key)
+) with (fillfactor = 50);
+
+create index rates_due_at on pgchannels.rates (due_at);
+
+comment on column pgchannels.rates.due_at is 'from then on the row says no more than none would';
+
+-- Give connections their places: make or change their channels, unless there are too many already.
+-- Each request stands alone; those in a call count each other. Returns those that were refused: by
+-- which limit, "user", "node" or "total"; or all, as "lost", if the node has no lease.
+--
+-- What is counted cannot change until this has committed: users' places are given one transaction
+-- after the other (by the digest of the user's id, so that the number of locks is bounded), so are
+-- those of all nodes where a total is limited, and the node's own row is locked. Places become free
+-- without these locks. All locks come first, in the order users, total, nodes, channels; and with
+-- lock_presence() before nodes, remove_channels() has the same.
+create function pgchannels.admit(
+    me uuid, names text[], users text[], metadata text[], per_user integer[], per_node integer[], total integer[])
+returns table (channel text, scope text, allowed integer)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    key integer;
+    is_alive boolean;
+    here integer;
+    everywhere bigint;
+    admitted boolean[] := array_fill(false, array[cardinality(names)]);
+    added integer := 0;
+    of_user integer := 0;
+    last_user text;
+    has_moved boolean := false;
+    r record;
+begin
+    for key in select distinct hashtext('pgchannels.' || u.id) & 255 from unnest(users) u(id) where u.id is not null order by 1
+    loop
+        perform pg_advisory_xact_lock(1885823851, key);
+    end loop;
+    if array_remove(total, null) <> '{}' then
+        perform pg_advisory_xact_lock(1885823852, hashtext('pgchannels.'));
+    else
+        -- who counts must not miss one that does not
+        perform pg_advisory_xact_lock_shared(1885823852, hashtext('pgchannels.'));
+    end if;
+    perform from pgchannels.nodes n
+      where n.id = me
+         or n.id in (select c.node from pgchannels.channels c where c.name = any (names) and c.is_connection)
+      order by n.id for no key update;
+    select n.connections, n.dead_since is null into here, is_alive from pgchannels.nodes n where n.id = me;
+    if not coalesce(is_alive, false) then
+        return query select n.name, 'lost', null::integer from unnest(names) n(name);
+        return;
+    end if;
+    if array_remove(total, null) <> '{}' then
+        select sum(n.connections) into everywhere from pgchannels.nodes n;
+    end if;
+
+    for r in
+        select q.*, coalesce(c.is_connection and c.node = me, false) as has_place,
+               coalesce(c.is_connection and c.node <> me, false) as moves,
+               coalesce(c.is_connection and c.user_id = q.user_id, false) as is_users,
+               case when q.per_user is not null and q.user_id is not null then (
+                   select count(*) from (
+                       select from pgchannels.channels o
+                        where o.is_connection and md5(o.user_id) = md5(q.user_id) and o.user_id = q.user_id
+                        limit q.per_user) o) end as existing
+          from unnest(names, users, per_user, per_node, total) with ordinality
+               q(name, user_id, per_user, per_node, total, place)
+          left join pgchannels.channels c on c.name = q.name
+         order by q.user_id, q.place
+    loop
+        if r.user_id is distinct from last_user then
+            of_user := 0;
+            last_user := r.user_id;
+        end if;
+        channel := r.name;
+        if not r.is_users and r.existing + of_user >= r.per_user then
+            scope := 'user';
+            allowed := r.per_user;
+            return next;
+        elsif not r.has_place and here + added >= r.per_node then
+            scope := 'node';
+            allowed := r.per_node;
+            return next;
+        elsif not r.has_place and everywhere + added >= r.total then
+            scope := 'total';
+            allowed := r.total;
+            return next;
+        else
+            admitted[r.place] := true;
+            has_moved := has_moved or r.moves;
+            if not r.is_users then
+                of_user := of_user + 1;
+            end if;
+            if not r.has_place then
+                added := added + 1;
+            end if;
+        end if;
+    end loop;
+
+    if has_moved then
+        update pgchannels.nodes n set connections = n.connections - m.count
+          from (select c.node, count(*) as count
+                  from unnest(names, admitted) a(name, is_admitted)
+                  join pgchannels.channels c on c.name = a.name
+                 where a.is_admitted and c.is_connection and c.node <> me group by c.node) m
+         where n.id = m.node;
+    end if;
+    if added > 0 then
+        update pgchannels.nodes n set connections = n.connections + added where n.id = me;
+    end if;
+    insert into pgchannels.channels as c (name, node, user_id, metadata, cursor, is_received, is_connection)
+    select a.name, me, a.user_id, a.metadata::json, b.head, false, true
+      from unnest(names, users, metadata, admitted) a(name, user_id, metadata, is_admitted)
+     cross join pgchannels.bounds b
+     where a.is_admitted
+     order by a.name
+    on conflict (name) do update
+        set node = excluded.node, user_id = excluded.user_id, metadata = excluded.metadata, is_connection = true;
+end
+$$;
+
+-- As change_memberships() for those that are to be added where a group has a limit ("allowed" by
+-- request): a request that would exceed it is left out, and returned. Requests are counted in their
+-- order. Who is a member already stays one, and who is not limited is not held up: the lock is
+-- between those who are. It comes before all that change_memberships() locks.
+create function pgchannels.join_groups(
+    groups text[], names text[], presences text[], allowed integer[], grace interval, announcer uuid,
+    out refused bigint[], out published integer)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    key integer;
+    last_group text;
+    added integer := 0;
+    places bigint[] := '{}';
+    r record;
+begin
+    for key in select distinct hashtext('pgchannels.' || g.name) & 1023 from unnest(groups) g(name) order by 1
+    loop
+        perform pg_advisory_xact_lock(1885823853, key);
+    end loop;
+    refused := '{}';
+    for r in
+        select q.*,
+               -- a member already; or a connection that is gone, and gets no membership
+               exists (select from pgchannels.memberships m
+                        where m.group_name = q.group_name and m.channel = q.channel and m.left_at is null)
+               or (q.channel ~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$'
+                   and not exists (select from pgchannels.channels c where c.name = q.channel)) as needs_none,
+               (select count(*) from (
+                    select from pgchannels.memberships m
+                     where m.group_name = q.group_name and m.left_at is null limit q.allowed) m) as existing
+          from unnest(groups, names, allowed) with ordinality q(group_name, channel, allowed, place)
+         order by q.group_name, q.place
+    loop
+        if r.group_name is distinct from last_group then
+            added := 0;
+            last_group := r.group_name;
+        end if;
+        if r.needs_none then
+            places := places || r.place;
+        elsif r.existing + added < r.allowed then
+            places := places || r.place;
+            added := added + 1;
+        else
+            refused := refused || r.place;
+        end if;
+    end loop;
+    published := 0;
+    if places <> '{}' then
+        select pgchannels.change_memberships(
+                   array_agg(q.group_name), array_agg(q.channel), array_agg(true), array_agg(q.presence), grace, announcer)
+          into published
+          from unnest(groups, names, presences) with ordinality q(group_name, channel, presence, place)
+          join unnest(places) p(place) on p.place = q.place;
+    end if;
+end
+$$;
+
+-- As it was, and the places of connections become free.
+create or replace function pgchannels.remove_channels(names text[], grace interval, announcer uuid) returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    groups text[];
+    members text[];
+begin
+    perform pgchannels.lock_presence(array(
+        select distinct m.group_name from pgchannels.memberships m
+         where m.channel = any (names) and m.identity is not null));
+    -- The nodes before their channels, as admit() and reap() lock them.
+    perform from pgchannels.nodes n
+      where n.id in (select c.node from pgchannels.channels c where c.name = any (names) and c.is_connection)
+      order by n.id for no key update;
+    -- Then the channels: whoever is adding one to a group has committed then, or will find it gone.
+    with gone as (
+        delete from pgchannels.channels c
+         where c.name in (select d.name from pgchannels.channels d where d.name = any (names)
+                           order by d.name for update)
+        returning c.node, c.is_connection
+    )
+    update pgchannels.nodes n set connections = n.connections - g.count
+      from (select g.node, count(*) as count from gone g where g.is_connection group by g.node) g
+     where n.id = g.node;
+    select array_agg(m.group_name), array_agg(m.channel) into groups, members
+      from pgchannels.memberships m where m.channel = any (names) and m.left_at is null;
+    if groups is null then
+        return 0;
+    end if;
+    return pgchannels.change_memberships(
+        groups, members, array_fill(false, array[cardinality(groups)]),
+        array_fill(null::text, array[cardinality(groups)]), grace, announcer);
+end
+$$;
+
+-- Take from shared rates, for requests in the order of their keys ("C"), and within a key in that in
+-- which they came: each gets all that it costs, or nothing. Returns a row for each, in that order. A key
+-- has a bucket ("speed" a second come to it, up to "capacity") or windows (of so many "seconds"), by
+-- which of the two is given. See rates.py, which has the same.
+--
+-- The rows are locked in the order of keys, after those that were missing have been made in that
+-- order; and the time is read when a row is locked, so that it goes forward from one to the next.
+create function pgchannels.take(
+    keys text[], costs bigint[], capacities bigint[], speeds double precision[], seconds double precision[])
+returns table (allowed boolean, remaining bigint, retry_after double precision)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    place integer := 1;
+    moment timestamptz;
+    due double precision;
+    r record;
+begin
+    while place <= cardinality(keys) loop
+        insert into pgchannels.rates (key, due_at)
+        select k.key, 'infinity' from (select distinct unnest(keys[place:]) collate "C" as key) k order by k.key
+        on conflict (key) do nothing;
+        for r in select t.* from pgchannels.rates t where t.key = any (keys[place:]) order by t.key for update
+        loop
+            -- One that has been pruned in between is made again.
+            exit when keys[place] <> r.key;
+            -- Never back, should the clock have been set back.
+            moment := greatest(clock_timestamp(), r.at);
+            while keys[place] = r.key loop
+                if speeds[place] is not null then
+                    r.tokens := least(capacities[place], coalesce(
+                        r.tokens + extract(epoch from moment - r.at)::double precision * speeds[place],
+                        capacities[place]));
+                    r.at := moment;
+                    allowed := r.tokens >= costs[place];
+                    retry_after := case when allowed then 0 else (costs[place] - r.tokens) / speeds[place] end;
+                    if allowed then
+                        r.tokens := r.tokens - costs[place];
+                    end if;
+                    remaining := floor(r.tokens);
+                    due := (capacities[place] - r.tokens) / speeds[place];
+                else
+                    if r.ends_at is null or r.ends_at <= moment then
+                        r.ends_at := moment + make_interval(secs => seconds[place]);
+                        r.taken := 0;
+                    end if;
+                    allowed := r.taken + costs[place] <= capacities[place];
+                    due := extract(epoch from r.ends_at - moment)::double precision;
+                    retry_after := case when allowed then 0 else due end;
+                    if allowed then
+                        r.taken := r.taken + costs[place];
+                    end if;
+                    remaining := greatest(0, capacities[place] - r.taken);
+                end if;
+                return next;
+                place := place + 1;
+            end loop;
+            update pgchannels.rates t
+               set tokens = r.tokens, at = r.at, ends_at = r.ends_at, taken = r.taken,
+                   due_at = to_timestamp((ceil((extract(epoch from moment)::double precision + due) / 60) + 1) * 60)
+             where t.key = r.key;
+        end loop;
+    end loop;
+end
+$$;
+
+select pgchannels.regrant();

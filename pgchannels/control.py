@@ -1,0 +1,116 @@
+"""What all nodes are told to do with connections. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, Self, TypeAlias, get_args
+
+from pgchannels.channels import check_channel, check_user
+from pgchannels.errors import InvalidMessage
+
+__all__ = ["COMMAND_LIFETIME", "Action", "Command", "check_token_id"]
+
+COMMAND_LIFETIME = timedelta(seconds=60)
+"""How long a command is stored. A node that could not read for longer has lost its lease."""
+
+Action: TypeAlias = Literal["close", "reauthorize"]
+
+_SELECTORS = ("channel", "user_id", "token_id", "group")
+_MAX_REASON = 123
+_MAX_TOKEN_ID = 1000
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to do, and with which connections: exactly one selector.
+
+    Args:
+        action: ``"close"`` them; or ``"reauthorize"``, ask again whether they may do what they do.
+        channel: the one with this channel.
+        user_id: those of a user.
+        token_id: those that came with this token.
+        group: those that are members of a group.
+        everyone: all there are.
+        code: to close with, 1000 to 4999.
+        reason: to close with, up to 123 bytes. The client sees it.
+
+    Raises:
+        InvalidMessage: for anything else.
+    """
+
+    action: Action
+    channel: str | None = None
+    user_id: str | None = None
+    token_id: str | None = None
+    group: str | None = None
+    everyone: bool = False
+    code: int = 1000
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.action not in get_args(Action):
+            raise InvalidMessage(f"a command is one of {get_args(Action)}, not {self.action!r}")
+        chosen = [name for name in _SELECTORS if getattr(self, name) is not None]
+        everyone: object = self.everyone
+        if not isinstance(everyone, bool) or len(chosen) + everyone != 1:
+            raise InvalidMessage(f"a command takes one of {(*_SELECTORS, 'everyone')}")
+        for name in ("channel", "group"):
+            if getattr(self, name) is not None:
+                check_channel(getattr(self, name))
+        if self.user_id is not None:
+            check_user(self.user_id)
+        if self.token_id is not None:
+            check_token_id(self.token_id)
+        code: object = self.code
+        if not isinstance(code, int) or isinstance(code, bool) or not 1000 <= code <= 4999:
+            raise InvalidMessage(f"a close code is an integer of 1000 to 4999, not {code!r}")
+        reason: object = self.reason
+        if not isinstance(reason, str) or len(_encoded(reason)) > _MAX_REASON:
+            raise InvalidMessage(f"a reason is a str of up to {_MAX_REASON} bytes")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The payload of a message; what it lacks is as it is by default."""
+        payload: dict[str, Any] = {"action": self.action, "code": self.code, "reason": self.reason}
+        if self.everyone:
+            payload["everyone"] = True
+        for name in _SELECTORS:
+            if getattr(self, name) is not None:
+                payload[name] = getattr(self, name)
+        return payload
+
+    @classmethod
+    def parse(cls, payload: Mapping[str, Any]) -> Self:
+        """The command of a message that ``layer.commands()`` gives.
+
+        Fields that this version does not know are left out.
+
+        Raises:
+            InvalidMessage: it is none: of a later version, say.
+        """
+        known = {name: payload[name] for name in cls.__dataclass_fields__ if name in payload}
+        if "action" not in known:
+            raise InvalidMessage("a command needs an action")
+        return cls(**known)
+
+
+def check_token_id(token_id: object) -> str:
+    """Return *token_id* if it can be one: a text of 1 to 1000 characters.
+
+    Raises:
+        InvalidMessage: if not.
+    """
+    if not isinstance(token_id, str) or not 1 <= len(token_id) <= _MAX_TOKEN_ID:
+        raise InvalidMessage(f"the id of a token is a str of 1 to {_MAX_TOKEN_ID} characters")
+    if "\0" in token_id:
+        raise InvalidMessage("the id of a token must not hold NUL")
+    _encoded(token_id)
+    return token_id
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidMessage("a text must not hold lone surrogates") from error
