@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
 
 from pgchannels.channels import check_channel, check_user
 from pgchannels.errors import InvalidMessage
 
-__all__ = ["COMMAND_LIFETIME", "Action", "Command", "check_token_id"]
+if TYPE_CHECKING:
+    from pgchannels.messages import Message
 
-COMMAND_LIFETIME = timedelta(seconds=60)
-"""How long a command is stored. A node that could not read for longer has lost its lease."""
+__all__ = ["COMMAND_LIFETIME", "Action", "Command", "CommandWatch", "check_token_id"]
+
+COMMAND_LIFETIME = timedelta(days=1)
+"""How long a command is stored, so that nodes that could not read for a while find it."""
 
 Action: TypeAlias = Literal["close", "reauthorize"]
+
+logger = logging.getLogger("pgchannels.control")
 
 _SELECTORS = ("channel", "user_id", "token_id", "group")
 _MAX_REASON = 123
@@ -82,7 +88,7 @@ class Command:
 
     @classmethod
     def parse(cls, payload: Mapping[str, Any]) -> Self:
-        """The command of a message that ``layer.commands()`` gives.
+        """The command of a message to all nodes.
 
         Fields that this version does not know are left out.
 
@@ -93,6 +99,31 @@ class Command:
         if "action" not in known:
             raise InvalidMessage("a command needs an action")
         return cls(**known)
+
+
+class CommandWatch:
+    """Reads the channel of commands for somebody. It is registered where streams are.
+
+    Args:
+        obey: is called with each command.
+        missed: is called when some may have been lost.
+    """
+
+    def __init__(self, obey: Callable[[Command], None], missed: Callable[[], None]) -> None:
+        self._obey = obey
+        self._missed = missed
+
+    def offer(self, message: Message) -> None:
+        try:
+            command = Command.parse(message.data)
+        except InvalidMessage as error:
+            # Of a later version, or of somebody who may write to the outbox and should not.
+            logger.warning("a command that is none: %s", error)
+            return
+        self._obey(command)
+
+    def missed(self, floor: int) -> None:
+        self._missed()
 
 
 def check_token_id(token_id: object) -> str:

@@ -8,7 +8,7 @@ things with the same words; a layer implements what is abstract.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from hashlib import sha256
 from types import TracebackType
@@ -25,7 +25,7 @@ from pgchannels.channels import (
     presence_channel,
     user_channel,
 )
-from pgchannels.control import COMMAND_LIFETIME, Command, check_token_id
+from pgchannels.control import COMMAND_LIFETIME, Command, CommandWatch, check_token_id
 from pgchannels.envelopes import Envelope, websocket_bytes_message, websocket_json_message
 from pgchannels.errors import (
     ConfigurationError,
@@ -65,7 +65,7 @@ from pgchannels.settings import Settings
 if TYPE_CHECKING:
     from pgchannels.follower import Follower
     from pgchannels.overflow import Overflow
-    from pgchannels.stream import Stream
+    from pgchannels.stream import Source, Stream
 
 __all__ = ["MAX_HISTORY", "ChannelLayer", "outgoing"]
 
@@ -687,13 +687,27 @@ class ChannelLayer(ABC):
             self._outgoing(COMMANDS, command.to_dict(), ttl=COMMAND_LIFETIME)
         )
 
-    @abstractmethod
-    def commands(self) -> Stream:
-        """What all nodes are told from now on; :meth:`Command.parse` reads the messages.
+    def watch_commands(
+        self, obey: Callable[[Command], None], missed: Callable[[], None]
+    ) -> Callable[[], None]:
+        """Be told what all nodes are told from now on. For what serves connections.
 
-        For what serves connections, and nobody else: under its name the channel can be neither
-        read nor written.
+        Under its name the channel can be neither read nor written.
+
+        Args:
+            obey: is called with each command, in order. At once, and it must not raise.
+            missed: is called when commands may have been lost.
+
+        Returns:
+            What ends it. Calling it again does nothing.
+
+        Raises:
+            ChannelLayerClosed: the layer is not open.
         """
+        watch = CommandWatch(obey, missed)
+        source = self._source
+        source.register(COMMANDS, watch)
+        return lambda: source.unregister(COMMANDS, watch)
 
     async def take(self, key: str, rate: Rate, cost: int = 1) -> Admission:
         """Take from what a rate admits to a key, on all nodes together, if there is room.
@@ -725,6 +739,11 @@ class ChannelLayer(ABC):
         """
 
     # What a layer implements
+
+    @property
+    @abstractmethod
+    def _source(self) -> Source:
+        """Where streams read, while the layer is open."""
 
     @abstractmethod
     def _publish(self, message: Outgoing) -> Awaitable[Receipt]: ...

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from pgchannels.channels import COMMANDS, check_channel, new_name
+from pgchannels.channels import check_channel, new_name
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError, InvalidChannel
 from pgchannels.follower import Follower
 from pgchannels.layer import ChannelLayer, check_limits, check_owner, encode_metadata
@@ -37,7 +37,7 @@ from pgchannels.records import (
     Receipt,
 )
 from pgchannels.settings import Settings
-from pgchannels.stream import Stream, Subscriber
+from pgchannels.stream import Source, Stream, Subscriber
 
 __all__ = ["MemoryLayer", "MemoryLog"]
 
@@ -123,12 +123,6 @@ class MemoryLayer(ChannelLayer):
             settings=self.settings,
             streams=node.streams,
             member=None if member is None else node.member(member),
-        )
-
-    def commands(self) -> Stream:
-        node = self._opened
-        return Stream(
-            (), None, source=node, settings=self.settings, streams=node.streams, own=(COMMANDS,)
         )
 
     def follow(self, *channels: str, name: str, after: Position | str | None = None) -> Follower:
@@ -301,6 +295,10 @@ class MemoryLayer(ChannelLayer):
         # A loop that takes must let others have their turn.
         await asyncio.sleep(0)
         return self.log.take_rate(key, rate, cost)
+
+    @property
+    def _source(self) -> Source:
+        return self._opened
 
     @property
     def _opened(self) -> _Node:

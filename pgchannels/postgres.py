@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
-from pgchannels.channels import COMMANDS, check_channel
+from pgchannels.channels import check_channel
 from pgchannels.control import COMMAND_LIFETIME
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError
 from pgchannels.follower import Follower
@@ -30,7 +30,7 @@ from pgchannels.records import (
     Receipt,
 )
 from pgchannels.settings import Settings
-from pgchannels.stream import Stream
+from pgchannels.stream import Source, Stream
 
 __all__ = ["PostgresLayer"]
 
@@ -132,17 +132,6 @@ class PostgresLayer(ChannelLayer):
             settings=self.settings,
             streams=node.streams,
             member=None if member is None else node.members[check_channel(member)],
-        )
-
-    def commands(self) -> Stream:
-        node = self._opened
-        return Stream(
-            (),
-            None,
-            source=node.hub,
-            settings=self.settings,
-            streams=node.streams,
-            own=(COMMANDS,),
         )
 
     def follow(self, *channels: str, name: str, after: Position | str | None = None) -> Follower:
@@ -333,6 +322,10 @@ class PostgresLayer(ChannelLayer):
 
     async def _take(self, key: str, rate: Rate, cost: int) -> Admission:
         return await self._opened.rates.take(key, rate, cost)
+
+    @property
+    def _source(self) -> Source:
+        return self._opened.hub
 
     @property
     def _opened(self) -> Node:

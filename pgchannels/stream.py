@@ -103,10 +103,8 @@ class Stream:
         settings: Settings,
         streams: set[Stream],
         member: Member | None = None,
-        own: tuple[str, ...] = (),
     ) -> None:
-        # The library's own channels are for nobody to name: a layer that reads one gives it apart.
-        self._initial = (*(check_channel(channel) for channel in channels), *own)
+        self._initial = tuple(check_channel(channel) for channel in channels)
         self._beginning = parse_start(after, since)
         self._filter = None if filter is None else Filter.parse(filter)
         self._source = source

@@ -94,6 +94,7 @@ class Connection(Wire):
         self.connected_at = datetime.now(UTC)
         self._stream: Stream
         self._groups: set[str] = set()
+        self._failed_by: Exception | None = None
 
     # What it is
 
@@ -484,7 +485,7 @@ class Connection(Wire):
             Exception: what nobody expected, as it is. The client and the log have its id.
         """
         code = ABNORMAL
-        unexpected: Exception | None = None
+        raised: Exception | None = None
         try:
             problem = await self._guarded(self._admit(identity, user_id, metadata))
             if problem is not None:
@@ -498,12 +499,11 @@ class Connection(Wire):
                     yield
             code = self._gone or self._asked_to_close or self._tasks.code
         except Exception as error:  # noqa: BLE001 - raised again, if it was not expected
-            code, is_expected = self._code_of(error)
-            unexpected = None if is_expected else error
+            code, raised = self._ended_by(error)
         finally:
-            await self._finish(code)
-        if unexpected is not None:
-            raise unexpected
+            await self._finish(code, is_refused=isinstance(raised, Refused))
+        if raised is not None:
+            raise raised
 
     async def _admit(
         self,
@@ -514,7 +514,9 @@ class Connection(Wire):
         connections = self.connections
         connections.check_admissible(self.websocket)
         if identity is None and connections.authentication is not None:
-            identity = await connections.authentication.handshake(self.websocket)
+            identity = await connections.authentication.handshake(
+                self.websocket, origin_checked=connections.origins is not None
+            )
             if identity is None:
                 # The token comes with the first message. Before that, nothing is kept for it.
                 await self.accept()
@@ -540,39 +542,41 @@ class Connection(Wire):
             raise FrameTooLarge(disconnect=True)
         return await authentication.first_message(frame.raw)
 
-    def _code_of(self, error: Exception) -> tuple[int, bool]:
-        """What to close the socket with because of *error*, and whether such things happen.
-
-        Raises:
-            Refused: the socket has not been accepted, and that can be said over HTTP.
-        """
+    def _ended_by(self, error: Exception) -> tuple[int, Exception | None]:
+        """What to close the socket with because of *error*, and what is then to be raised."""
         is_early = self.websocket.application_state is WebSocketState.CONNECTING
         if isinstance(error, _Told):
-            return error.problem.ws_code, True
+            return error.problem.ws_code, None
         if isinstance(error, WebSocketDisconnect):
             self._gone = self._gone or error.code
-            return self._gone, True
+            return self._gone, None
         if self._asked_to_close is not None:
             # Once it has been closed, sending to it fails as it should.
-            return self._asked_to_close, True
+            return self._asked_to_close, None
         if isinstance(error, WebSocketException):
             self._part(error.reason, None)
-            return error.code, True
+            return error.code, None
         if isinstance(error, HTTPException) and is_early:
-            return ABNORMAL, False  # whoever serves the application answers it
+            return ABNORMAL, error  # whoever serves the application answers it
         if isinstance(error, UnknownPosition):
             # Of a call, the client would have been told: this is of a log that was rewritten.
             error = ChannelLayerClosed()
         problem = self.connections.note(error, self)
         if is_early:
-            raise Refused(problem) from error
+            refused = Refused(problem)
+            refused.__cause__ = error
+            return problem.ws_code, refused
         self._part(problem.code, problem.response().encode())
-        return problem.ws_code, problem.error_id is None
+        if problem.error_id is not None:
+            self._failed_by = error
+        return problem.ws_code, self._failed_by
 
-    async def _finish(self, code: int) -> None:
+    async def _finish(self, code: int, *, is_refused: bool) -> None:
         try:
-            await self._take_leave(code)
+            # Who is refused is told by whoever has asked for the socket.
+            await self._take_leave(ABNORMAL if is_refused else code)
         finally:
+            self.close_code = code
             try:
                 await self._left(code)
             finally:

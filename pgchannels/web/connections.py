@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pgchannels.control import Command
-from pgchannels.errors import ConfigurationError
+from pgchannels.errors import ChannelLayerClosed, ConfigurationError
 from pgchannels.layer import ChannelLayer
 from pgchannels.limits import Limits
 from pgchannels.web.auth import is_allowed
@@ -47,7 +47,8 @@ __all__ = ["ConnectionManager", "Shutdown", "check_layer"]
 logger = logging.getLogger("pgchannels.web")
 
 DEFAULT_LIMITS = Limits(per_user=1000, groups=1000)
-MAX_FRAME_SIZE = 1024 * 1024
+# Bytes that a frame may have besides the payload of the largest message.
+FRAME_OVERHEAD = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ class ConnectionManager:
             back to the log, and reads on at its own pace.
         send_timeout: seconds that a client may take nothing of what is sent to it, before the
             socket is closed with 1013; None for ever.
-        max_frame_size: bytes; what is longer is answered by ``frame_too_large``, unread. The server
-            has a limit of its own, see :meth:`server_options`.
+        max_frame_size: bytes; what is longer is answered by ``frame_too_large``, unread. A little
+            more than ``max_message_size`` if None. The server has a limit of its own, see
+            :meth:`server_options`.
         origins: from which sites browsers may connect. With cookies, the server's own by default.
         authentication: who connects; without, that is the endpoint's to find out.
         authorize: what they may do with which channel; without, that is the endpoint's to say.
@@ -118,7 +120,7 @@ class ConnectionManager:
         heartbeat: Heartbeat = Heartbeat(),  # noqa: B008 - frozen
         overflow: Overflow | str | None = None,
         send_timeout: float | None = 30.0,
-        max_frame_size: int = MAX_FRAME_SIZE,
+        max_frame_size: int | None = None,
         origins: Origins | None = None,
         authentication: Authentication | None = None,
         authorize: Authorize | None = None,
@@ -128,6 +130,8 @@ class ConnectionManager:
         check_layer(layer)
         if send_timeout is not None and send_timeout <= 0:
             raise ConfigurationError(f"send_timeout must be positive, not {send_timeout!r}")
+        if max_frame_size is None:
+            max_frame_size = layer.settings.max_message_size + FRAME_OVERHEAD
         if max_frame_size < 1:
             raise ConfigurationError(f"max_frame_size must be positive, not {max_frame_size!r}")
         self.layer = layer
@@ -292,7 +296,7 @@ class ConnectionManager:
     ) -> None:
         """Make tokens that have been issued until now worthless, and close what came with them.
 
-        As ``layer.revoke()``, whose *options* these are. On all nodes; sockets are closed with 3000.
+        As ``layer.revoke()``, whose *options* these are. On all nodes; the code is 3000.
         """
         await self.layer.revoke(user_id=user_id, token_id=token_id, **options)
 
@@ -343,8 +347,6 @@ class ConnectionManager:
             raise Draining
         if self.origins is not None:
             self.origins.check(websocket)
-        elif self.authentication is not None:
-            self.authentication.check_origin(websocket)
 
     async def check_not_revoked(self, identity: Identity) -> None:
         """Ask whether the token is still worth something.
@@ -386,7 +388,7 @@ class ConnectionManager:
                 self._unwatch = None
 
     def note(self, error: Exception, connection: Connection) -> Problem:
-        """Count an error, log what is not the client's own, and say what the client may hear of it."""
+        """Count an error, log what is not the client's own, and say what the client may hear."""
         if isinstance(error, SocketError) and error.connection is None:
             error.connection = connection
         problem = describe(error)
@@ -400,6 +402,8 @@ class ConnectionManager:
                 exc_info=error,
                 extra={"error_id": problem.error_id, "connection": connection.id},
             )
+        elif isinstance(error, ChannelLayerClosed) and not connection.id:
+            logger.error("a socket is refused: %s", error)
         elif problem.severity is not Severity.INFO:
             logger.warning("%s: %s", type(connection).__name__, error)
         return problem

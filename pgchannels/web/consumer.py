@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import anyio
 from pydantic import ValidationError
-from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocket
 
 from pgchannels.errors import ConfigurationError
 from pgchannels.messages import FRAME
 from pgchannels.web.annotations import defining_namespace, parameters
 from pgchannels.web.connection import Connection, Refused
+from pgchannels.web.connections import ConnectionManager
 from pgchannels.web.endpoint import make_endpoint
 from pgchannels.web.handlers import EventHandlers, Handler, find_events, find_receivers
 from pgchannels.web.refusal import refuse
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from pgchannels.layer import ChannelLayer
     from pgchannels.messages import Message
-    from pgchannels.web.connections import ConnectionManager
 
 __all__ = ["WebSocketConsumer"]
 
@@ -91,7 +90,9 @@ class WebSocketConsumer(Connection):
             found = parameters(cls.connect, {**namespace, **vars(cls)})
             cls._connect = _Connect(cls.connect, found)
 
-    def __init__(self, websocket: WebSocket, connections: ConnectionManager) -> None:
+    def __init__(self, websocket: WebSocket, connections: ConnectionManager | ChannelLayer) -> None:
+        if not isinstance(connections, ConnectionManager):
+            connections = ConnectionManager(connections)
         super().__init__(websocket, connections)
         self._connecting = False
 
@@ -161,10 +162,10 @@ class WebSocketConsumer(Connection):
                 await self._serve(values)
         except Refused as refused:
             await refuse(self.websocket, refused.problem)
-        except HTTPException:
-            raise  # of connect(): it is answered with that status
-        except Exception:  # noqa: BLE001 - it has been logged, and a server would log it again
-            logger.debug("%s has failed", type(self).__name__)
+        except Exception as error:
+            if error is not self._failed_by:
+                raise
+            # It has been logged, and a server would log it again.
 
     async def _serve(self, values: Mapping[str, Any]) -> None:
         self._connecting = True

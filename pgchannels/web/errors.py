@@ -78,6 +78,7 @@ __all__ = [
     "UnexpectedMessage",
     "ValidationFailed",
     "describe",
+    "new_error_id",
 ]
 
 # Characters of a sentence about what a client sent, which may repeat some of it.
@@ -475,4 +476,9 @@ def describe(error: BaseException) -> Problem:
         for kind, problem in _KNOWN:
             if isinstance(error, kind):
                 return problem if problem.detail else replace(problem, detail=str(error))
-    return replace(_UNKNOWN, error_id=uuid4().hex[:16])
+    return replace(_UNKNOWN, error_id=new_error_id())
+
+
+def new_error_id() -> str:
+    """What a client and the log have in common."""
+    return uuid4().hex[:16]

@@ -211,13 +211,10 @@ class Wire:
     async def _take_leave(self, code: int) -> None:
         """Close the socket with *code*, if it is still open; not for longer than a moment."""
         self._watch_no_more()
-        try:
-            if self._gone is None and code in SENDABLE:
-                # Also when the server cancels: a client must know why, and whether to come back.
-                with anyio.move_on_after(CLOSING_TIME, shield=True):
-                    await self._say_goodbye(code)
-        finally:
-            self.close_code = code
+        if self._gone is None and code in SENDABLE:
+            # Also when the server cancels: a client must know why, and whether to come back.
+            with anyio.move_on_after(CLOSING_TIME, shield=True):
+                await self._say_goodbye(code)
 
     async def _say_goodbye(self, code: int) -> None:
         try:

@@ -41,7 +41,7 @@ from pgchannels.web import (
     receives,
 )
 from tests.support.eventually import eventually
-from tests.support.sockets import answer, ask, closed, serve
+from tests.support.sockets import REFUSED, answer, ask, closed, serve
 from tests.support.tcp_proxy import TcpProxy
 
 
@@ -76,7 +76,9 @@ def errors(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lambda: [
         record.getMessage()
         for record in caplog.records
-        if record.levelno >= logging.ERROR and record.name.startswith(("pgchannels", "uvicorn"))
+        if record.levelno >= logging.ERROR
+        and record.name.startswith(("pgchannels", "uvicorn"))
+        and record.getMessage() != REFUSED
     ]
 
 
@@ -452,10 +454,9 @@ class TestChannel:
     async def test_presence_of_nobody(self, layer: ChannelLayer) -> None:
         async with serving(Connected, layer) as open_socket, open_socket() as socket:
             await answer(socket)
-            await socket.send(json.dumps({"add": "room", "presence": "user"}))
-            with pytest.raises(ConnectionClosed):
-                await answer(socket)
-            assert socket.close_code == 1011  # the application's mistake, and no client's
+            error = await ask(socket, {"add": "room", "presence": "user"})
+            assert error["code"] == "internal_error"  # the application's mistake, and no client's
+            assert await closed(socket) == 1011
             assert await layer.group_members("room") == []
 
     async def test_ephemeral_messages(self, layer: ChannelLayer) -> None:
@@ -600,7 +601,7 @@ class TestHandlers:
             else:
                 await socket.send('{"type":"fail"}')
             assert await closed(socket) == 1011
-            assert socket.close_reason == ""
+            assert socket.close_reason == "internal_error"
             await eventually(lambda: Chat.codes and Chat.codes[-1] == 1011)
 
             async def nobody_is_left() -> Any:
@@ -1019,7 +1020,7 @@ class TestEnds:
             async def delete_channel(self, channel: str) -> None:
                 await asyncio.Event().wait()
 
-        monkeypatch.setattr("pgchannels.web.consumer.DISCONNECT_TIME", 0.05)
+        monkeypatch.setattr("pgchannels.web.connection.CLOSING_TIME", 0.05)
         async with Stuck() as layer, serving(Noted, layer) as open_socket:
             async with open_socket() as socket:
                 await ask(socket, 1)
@@ -1031,7 +1032,7 @@ class TestEnds:
                 raise ChannelLayerClosed
 
         async with Closing() as layer, serving(Noted, layer) as open_socket:
-            assert await refused(open_socket()) == 403
+            assert await refused(open_socket()) == 503
 
     async def test_something_else_is_wrong_at_the_start(
         self, caplog: pytest.LogCaptureFixture
@@ -1041,5 +1042,5 @@ class TestEnds:
                 raise ZeroDivisionError
 
         async with Broken() as layer, serving(Noted, layer) as open_socket:
-            assert await refused(open_socket()) == 403
+            assert await refused(open_socket()) == 500
         assert "Noted failed" in caplog.text

@@ -11,6 +11,9 @@ from websockets.asyncio.client import ClientConnection
 
 from tests.support.eventually import eventually
 
+# uvicorn says so of every handshake that is answered by a response of its own.
+REFUSED = "ASGI callable returned without completing handshake."
+
 
 @asynccontextmanager
 async def serve(app: Any, **options: Any) -> AsyncIterator[str]:
