@@ -168,6 +168,18 @@ def test_what_waits_of_a_channel_that_is_left_makes_room(policy: Policy) -> None
     assert subscription.dropped == 0
 
 
+@pytest.mark.parametrize("policy", ["drop_oldest", "latest_by_key"])
+def test_what_was_dropped_here_was_not_missed(policy: Policy) -> None:
+    subscription = subscribe(policy, Bounds(2, 100))
+    for id in range(1, 6):
+        subscription.offer(Message(id, "a", "", NOW, 10, 1))
+    assert subscription.dropped == 3
+    subscription.missed(5)
+    assert not subscription.truncated
+    subscription.missed(6)
+    assert subscription.truncated
+
+
 def test_who_has_ended_stays_so() -> None:
     subscription = subscribe("disconnect", Bounds(1, 100))
     for id in (1, 2):
