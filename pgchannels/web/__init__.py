@@ -7,14 +7,25 @@ from pgchannels.web.history import channels_router
 from pgchannels.web.incoming import Frame
 from pgchannels.web.json_consumer import JsonConsumer
 from pgchannels.web.lifespan import lifespan
-from pgchannels.web.middleware import Chain, Middleware, inbound, outbound
+from pgchannels.web.middleware import (
+    Chain,
+    Logging,
+    Middleware,
+    RateLimit,
+    Validation,
+    inbound,
+    outbound,
+)
 
 __all__ = [
     "BytesConsumer",
     "Chain",
     "Frame",
     "JsonConsumer",
+    "Logging",
     "Middleware",
+    "RateLimit",
+    "Validation",
     "WebSocketConsumer",
     "channels_router",
     "handles",

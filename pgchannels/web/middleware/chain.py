@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import ExitStack
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, TypeAlias
@@ -174,6 +174,17 @@ class _Outbound(_Lifted):
 
     async def outbound(self, connection: Connection, message: Message) -> Message | None:
         return await self._outbound(connection, message)
+
+
+def types_of(types: Collection[str]) -> frozenset[str]:
+    """Types of messages, as an option names them.
+
+    Raises:
+        ConfigurationError: it is one str, which is a collection of letters.
+    """
+    if isinstance(types, str):
+        raise ConfigurationError(f"types come in a tuple or a set, not as {types!r}")
+    return frozenset(types)
 
 
 def _overrides(method: object, original: object) -> bool:
