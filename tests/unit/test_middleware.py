@@ -402,6 +402,13 @@ async def test_types_without_a_model_pass_or_are_refused(raw: str) -> None:
     assert error.code == "unexpected_message"
 
 
+@pytest.mark.parametrize("kind", ["ping", "pong", "auth.refresh"])
+async def test_what_connections_answer_themselves_is_never_unknown(kind: str) -> None:
+    frame = Frame(json.dumps({"type": kind}))
+    validation = Validation(models={"chat.send": ChatSend}, unknown="refuse")
+    assert await validation.inbound(connect(), frame) is frame
+
+
 class Anything(BaseModel):
     content: JsonValue
 

@@ -43,15 +43,16 @@ class Middleware:
         """*message* is about to go to the client. Return it, or another one, or None to drop it.
 
         The message is shared with all who get it: do not change it. Be quick, for the messages
-        after it wait.
-
-        Raises:
-            SocketError: as for :meth:`inbound`; *message* is not sent.
+        after it wait. The client has asked for nothing here, and so there is nothing to refuse: an
+        exception closes the socket.
         """
         return message
 
     def closed(self, connection: Connection) -> None:
-        """The socket is gone; nothing of this connection comes after it. Called once."""
+        """The socket is gone; nothing of this connection comes after it. It must not raise.
+
+        Called once, also for a socket that was refused.
+        """
 
     def __rshift__(self, other: Middleware) -> Chain:
         given: object = other

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["Validation"]
 
 
+# What connections answer themselves.
+ANSWERED = frozenset({"ping", "pong", "auth.refresh"})
+
+
 class Validation(Middleware):
     """Refuses what is too large, too deep, or not what its type says; drops what is stale.
 
@@ -44,7 +48,8 @@ class Validation(Middleware):
         models: a pydantic model for each ``"type"``. The content must be valid for that of its
             type, whether or not the model has a field ``type``. The error is ``invalid_content``.
         unknown: what becomes of content of another type, or of none: ``"pass"``, or ``"refuse"`` by
-            the error ``unexpected_message``.
+            the error ``unexpected_message``. What a connection answers itself passes in any case:
+            ``ping``, ``pong`` and ``auth.refresh``.
         clock: seconds since 1970.
 
     Raises:
@@ -106,7 +111,7 @@ class Validation(Middleware):
     def _check_model(self, kind: str | None, content: Any) -> None:
         model = None if kind is None else self.models.get(kind)
         if model is None:
-            if self.unknown == "refuse":
+            if self.unknown == "refuse" and kind not in ANSWERED:
                 raise ValidationFailed("nothing here takes this message", code="unexpected_message")
             return
         try:
