@@ -23,9 +23,11 @@ one more node. They are closed when the test is over. pytest-asyncio runs the te
 """
 
 from pgchannels.testing.channels import GroupTests
+from pgchannels.testing.control import CommandTests, RevocationTests, SharedRateTests
 from pgchannels.testing.ephemeral import EphemeralTests
 from pgchannels.testing.following import FollowingTests
 from pgchannels.testing.lifecycle import LifecycleTests
+from pgchannels.testing.limits import LimitTests
 from pgchannels.testing.overflowing import OverflowTests
 from pgchannels.testing.presence import PresenceTests
 from pgchannels.testing.reading import HistoryTests, StreamTests
@@ -49,6 +51,10 @@ class ChannelLayerSuite(
     CapacityTests,
     GroupTests,
     PresenceTests,
+    LimitTests,
+    CommandTests,
+    RevocationTests,
+    SharedRateTests,
     EphemeralTests,
     FollowingTests,
     LifecycleTests,

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from pgchannels.control import Command
 from pgchannels.errors import ChannelLayerClosed
 from pgchannels.layer import ChannelLayer
+from pgchannels.rates import FixedWindow
 from pgchannels.testing.support import PATIENCE, MakeLayer, numbers, send_numbers, settle, take
 
 __all__ = ["LifecycleTests"]
@@ -18,6 +20,10 @@ __all__ = ["LifecycleTests"]
 async def enter(context: Any) -> None:
     async with context:
         pass
+
+
+async def watch(layer: ChannelLayer) -> None:
+    layer.watch_commands(lambda _: None, lambda: None)
 
 
 USES: list[Callable[[ChannelLayer], Awaitable[Any]]] = [
@@ -39,6 +45,13 @@ USES: list[Callable[[ChannelLayer], Awaitable[Any]]] = [
     lambda layer: layer.group_discard("room", "jobs"),
     lambda layer: layer.group_members("room"),
     lambda layer: layer.presence("room"),
+    lambda layer: layer.connections(),
+    lambda layer: layer.count_connections(),
+    lambda layer: layer.command(Command("close", everyone=True)),
+    watch,
+    lambda layer: layer.revoke(user_id="u"),
+    lambda layer: layer.is_revoked(user_id="u"),
+    lambda layer: layer.take("key", FixedWindow(1, 1)),
 ]
 
 

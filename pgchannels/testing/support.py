@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any, Protocol
 from uuid import uuid4
 
+from pgchannels.control import Command
 from pgchannels.layer import ChannelLayer
 from pgchannels.messages import Message
 from pgchannels.stream import Stream
 
-__all__ = ["PATIENCE", "MakeLayer", "numbers", "send_numbers", "settle", "take", "until"]
+__all__ = ["PATIENCE", "MakeLayer", "listening", "numbers", "send_numbers", "settle", "take", "until"]
 
 PATIENCE = 20.0
 """Seconds that anything may take: a layer that works is never near it."""
@@ -57,6 +58,17 @@ async def take(stream: Stream, count: int) -> list[Message]:
         while len(taken) < count:
             taken.append(await anext(stream))
     return taken
+
+
+@contextmanager
+def listening(layer: ChannelLayer) -> Iterator[asyncio.Queue[Command]]:
+    """The commands that a layer hears in this block."""
+    heard: asyncio.Queue[Command] = asyncio.Queue()
+    stop = layer.watch_commands(heard.put_nowait, lambda: None)
+    try:
+        yield heard
+    finally:
+        stop()
 
 
 async def settle(*layers: ChannelLayer) -> Message:
