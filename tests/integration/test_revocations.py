@@ -129,21 +129,13 @@ class TestNobodyElse:
             f"select pgchannels.publish_many('{{a,{COMMANDS}}}', array['{{}}', '{{}}']::json[])",
             f"select pgchannels.watch('things', '{COMMANDS}')",
             "select pgchannels.watch('things', 'pgchannels:{name}')",
+            "select pgchannels.watch('things', '{name}')",
         ],
     )
     def test_sql(self, connection: Connection, call: str) -> None:
         connection.execute("create table things (id int primary key, name text)")
-        with pytest.raises(psycopg.DatabaseError, match=r"reserved|pgchannels:|invalid"):
+        with pytest.raises(psycopg.DatabaseError, match="invalid channel"):
             connection.execute(call.encode())
-        assert connection.execute("select count(*) from pgchannels.outbox").fetchone() == 0
-
-    def test_a_watched_row(self, connection: Connection) -> None:
-        connection.execute("create table things (id int primary key, name text)")
-        connection.execute("select pgchannels.watch('things', '{name}:{id}')")
-        with pytest.raises(psycopg.DatabaseError):
-            connection.execute(
-                "insert into things values (1, 'pgchannels:commands'), (2, 'pgchannels:commands')"
-            )
         assert connection.execute("select count(*) from pgchannels.outbox").fetchone() == 0
 
     def test_a_publisher_that_inserts_by_itself(
