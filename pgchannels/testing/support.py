@@ -14,7 +14,16 @@ from pgchannels.layer import ChannelLayer
 from pgchannels.messages import Message
 from pgchannels.stream import Stream
 
-__all__ = ["PATIENCE", "MakeLayer", "listening", "numbers", "send_numbers", "settle", "take", "until"]
+__all__ = [
+    "PATIENCE",
+    "MakeLayer",
+    "listening",
+    "numbers",
+    "send_numbers",
+    "settle",
+    "take",
+    "until",
+]
 
 PATIENCE = 20.0
 """Seconds that anything may take: a layer that works is never near it."""

@@ -1,12 +1,49 @@
-"""FastAPI: sockets that follow channels, history over REST, and the layer's lifespan."""
+"""FastAPI: sockets that follow channels, who may do what on them, history over REST.
 
+Authentication has a package of its own, :mod:`pgchannels.web.auth`; all errors that clients are
+told of are in :mod:`pgchannels.web.errors`.
+"""
+
+from pgchannels.limits import Limits
+from pgchannels.overflow import Overflow
+from pgchannels.rates import FixedWindow, TokenBucket
+from pgchannels.web.auth import (
+    JWT,
+    Authentication,
+    Capabilities,
+    CookieToken,
+    FirstMessageToken,
+    HeaderToken,
+    Identity,
+    OAuth2Bearer,
+    Origins,
+    QueryToken,
+    RowSecurity,
+    SubprotocolToken,
+    http_authorize,
+)
 from pgchannels.web.bytes_consumer import BytesConsumer
+from pgchannels.web.connection import Connection
+from pgchannels.web.connections import ConnectionManager, Shutdown
 from pgchannels.web.consumer import WebSocketConsumer
+from pgchannels.web.errors import (
+    AuthenticationError,
+    AuthorizationError,
+    Category,
+    ConnectionRefused,
+    ErrorResponse,
+    RateLimitExceeded,
+    Severity,
+    SocketError,
+    TokenExpired,
+    ValidationFailed,
+)
 from pgchannels.web.handlers import handles, receives
 from pgchannels.web.history import channels_router
 from pgchannels.web.incoming import Frame
 from pgchannels.web.json_consumer import JsonConsumer
 from pgchannels.web.lifespan import lifespan
+from pgchannels.web.liveness import Heartbeat
 from pgchannels.web.middleware import (
     Chain,
     Logging,
@@ -16,19 +53,54 @@ from pgchannels.web.middleware import (
     inbound,
     outbound,
 )
+from pgchannels.web.statistics import Statistics
+from pgchannels.web.wire import ConnectionState
 
 __all__ = [
+    "JWT",
+    "Authentication",
+    "AuthenticationError",
+    "AuthorizationError",
     "BytesConsumer",
+    "Capabilities",
+    "Category",
     "Chain",
+    "Connection",
+    "ConnectionManager",
+    "ConnectionRefused",
+    "ConnectionState",
+    "CookieToken",
+    "ErrorResponse",
+    "FirstMessageToken",
+    "FixedWindow",
     "Frame",
+    "HeaderToken",
+    "Heartbeat",
+    "Identity",
     "JsonConsumer",
+    "Limits",
     "Logging",
     "Middleware",
+    "OAuth2Bearer",
+    "Origins",
+    "Overflow",
+    "QueryToken",
     "RateLimit",
+    "RateLimitExceeded",
+    "RowSecurity",
+    "Severity",
+    "Shutdown",
+    "SocketError",
+    "Statistics",
+    "SubprotocolToken",
+    "TokenBucket",
+    "TokenExpired",
     "Validation",
+    "ValidationFailed",
     "WebSocketConsumer",
     "channels_router",
     "handles",
+    "http_authorize",
     "inbound",
     "lifespan",
     "outbound",
