@@ -1,0 +1,931 @@
+"""Connections by a manager, through a real server with a real client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import pytest
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException, WebSocketException
+from starlette.websockets import WebSocket
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidStatus
+
+from pgchannels import (
+    ChannelLayer,
+    ConfigurationError,
+    DatabaseUnavailable,
+    MemoryLayer,
+    Message,
+    PostgresLayer,
+    Settings,
+)
+from pgchannels.memory import MemoryLog
+from pgchannels.web import (
+    Authentication,
+    AuthenticationError,
+    AuthorizationError,
+    Connection,
+    ConnectionManager,
+    ConnectionState,
+    FirstMessageToken,
+    Frame,
+    HeaderToken,
+    Heartbeat,
+    Identity,
+    JsonConsumer,
+    Limits,
+    Middleware,
+    Origins,
+    Shutdown,
+    SocketError,
+    SubprotocolToken,
+    TokenExpired,
+    lifespan,
+    receives,
+)
+from tests.support.eventually import eventually
+from tests.support.sockets import REFUSED, answer, ask, closed, serve
+
+
+@pytest.fixture(params=["memory", "postgres"])
+def make_layer(request: pytest.FixtureRequest) -> Callable[[], ChannelLayer]:
+    """Makes nodes of one log."""
+    if request.param == "memory":
+        log = MemoryLog()
+        return lambda: MemoryLayer(Settings(presence_grace=0), log=log)
+    url = request.getfixturevalue("database_url")
+    return lambda: PostgresLayer(Settings(database_url=url, presence_grace=0))
+
+
+@pytest.fixture
+async def layer(make_layer: Callable[[], ChannelLayer]) -> AsyncIterator[ChannelLayer]:
+    async with make_layer() as layer:
+        yield layer
+
+
+@pytest.fixture
+async def memory() -> AsyncIterator[MemoryLayer]:
+    """For what has nothing to do with where messages are stored."""
+    async with MemoryLayer(Settings(presence_grace=0)) as layer:
+        yield layer
+
+
+@pytest.fixture
+def errors(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.INFO)
+    return lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno >= logging.ERROR
+        and record.name.startswith(("pgchannels", "uvicorn"))
+        and record.getMessage() != REFUSED
+    ]
+
+
+class Address(str):
+    """Where the endpoint is served."""
+
+    __slots__ = ()
+
+    def __call__(self, query: str = "", **options: Any) -> connect:
+        return connect(f"ws://{self}/ws?{query}", max_queue=None, **options)
+
+
+Serve = Callable[[Connection], Awaitable[None]]
+
+
+async def room(connection: Connection) -> None:
+    """Reads ``?group=``, and does what the client says."""
+    if group := connection.query_params.get("group"):
+        await connection.group_add(group, after=connection.resume_position)
+    await connection.send_json({"ready": connection.id})
+    async for content in connection:
+        await do(connection, content)
+
+
+async def do(connection: Connection, content: Any) -> None:
+    match content:
+        case {"fail": str(text)}:
+            raise RuntimeError(text)
+        case {"join": str(group)}:
+            await connection.join(group)
+        case {"add": str(group)}:
+            await connection.group_add(group)
+        case {"publish": str(group)}:
+            await connection.publish(group, {"n": 1}, except_self=True)
+        case {"history": str(group)}:
+            page = await connection.history(group)
+            await connection.send_json([message.data for message in page.messages])
+        case {"presence": str(group)}:
+            await connection.send_json(len(await connection.presence(group)))
+        case {"close": int(code)}:
+            await connection.close(code, "as you say")
+        case _:
+            await connection.send_json({"got": content})
+
+
+@asynccontextmanager
+async def serving(
+    connections: ConnectionManager, serve_one: Serve = room, **options: Any
+) -> AsyncIterator[Address]:
+    app = FastAPI()
+
+    @app.websocket("/ws")
+    async def endpoint(websocket: WebSocket, user: str | None = None) -> None:
+        async with connections.connect(websocket, user_id=user) as connection:
+            await serve_one(connection)
+
+    async with serve(app, **options) as address:
+        yield Address(address)
+
+
+async def ready(socket: ClientConnection) -> str:
+    """The id of the connection, once it can be talked to."""
+    return cast("str", (await answer(socket))["ready"])
+
+
+async def refused(socket: connect) -> tuple[int, Any]:
+    """The status that a handshake is refused with, and the error in the body."""
+    with pytest.raises(InvalidStatus) as raised:
+        async with socket:
+            pass
+    response = raised.value.response
+    return response.status_code, json.loads(response.body)["detail"]
+
+
+async def gone(connections: ConnectionManager) -> None:
+    await eventually(lambda: len(connections) == 0)
+
+
+class TestFunctions:
+    async def test_messages_both_ways(
+        self, layer: ChannelLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        connections = ConnectionManager(layer)
+        async with serving(connections) as address:
+            async with address("group=room") as socket, address("group=room") as other:
+                await ready(socket)
+                await ready(other)
+                assert await ask(socket, [1, "two"]) == {"got": [1, "two"]}
+                await socket.send(json.dumps({"publish": "room"}))
+                assert (await answer(other))["data"] == {"n": 1}
+                assert await ask(socket, "not its own") == {"got": "not its own"}
+            await gone(connections)
+        assert errors() == []
+        assert await layer.group_members("room") == []
+
+    async def test_resume(self, layer: ChannelLayer) -> None:
+        connections = ConnectionManager(layer)
+        async with serving(connections) as address:
+            async with address("group=room") as socket:
+                await ready(socket)
+                await layer.send("room", {"n": 0})
+                position = (await answer(socket))["position"]
+            await layer.send("room", {"n": 1})
+            await layer.send("room", {"n": 2})
+            async with address(f"group=room&after={position}") as socket:
+                # What is replayed and what the endpoint says are not in any order.
+                got = [await answer(socket) for _ in range(3)]
+                assert [each["data"]["n"] for each in got if "data" in each] == [1, 2]
+
+    async def test_the_block_ends_with_the_client(self, memory: MemoryLayer) -> None:
+        ended: list[str] = []
+
+        async def waiting(connection: Connection) -> None:
+            try:
+                async for _ in connection:
+                    pass
+                ended.append("iteration")
+            finally:
+                ended.append(connection.state.value)
+
+        connections = ConnectionManager(memory)
+        async with serving(connections, waiting) as address:
+            async with address():
+                await eventually(lambda: len(connections))
+            await gone(connections)
+        assert ended == ["iteration", "closing"]
+        assert connections.statistics().closed == {1000: 1}
+
+    async def test_the_block_is_cancelled_by_what_fails_beside_it(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        cancelled = asyncio.Event()
+
+        async def fail() -> None:
+            raise DatabaseUnavailable("away")
+
+        async def busy(connection: Connection) -> None:
+            connection.spawn(fail())
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+
+        connections = ConnectionManager(memory)
+        async with serving(connections, busy) as address, address() as socket:
+            assert (await answer(socket))["code"] == "unavailable"
+            assert await closed(socket) == 1013
+            await gone(connections)
+        assert cancelled.is_set()
+        assert errors() == []
+
+    async def test_an_unexpected_exception(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        connections = ConnectionManager(memory)
+        async with serving(connections) as address, address() as socket:
+            await ready(socket)
+            error = await ask(socket, {"fail": "secret"})
+            assert error["code"] == "internal_error"
+            assert "secret" not in json.dumps(error)
+            assert await closed(socket) == 1011
+            await gone(connections)
+        # The server has it as well, for it was raised again.
+        assert any(error["error_id"] in line for line in errors())
+        assert any("Exception in ASGI application" in line for line in errors())
+        assert connections.statistics().errors == {"internal_error": 1}
+
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [
+            (SocketError("you may not", code="no", disconnect=True), 1008),
+            (AuthorizationError(), 3003),
+            (WebSocketException(4001, "mine"), 4001),
+        ],
+    )
+    async def test_an_exception_for_the_client(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]], error: Exception, code: int
+    ) -> None:
+        async def raising(_: Connection) -> None:
+            raise error
+
+        async with serving(ConnectionManager(memory), raising) as address, address() as socket:
+            assert await closed(socket) == code
+        assert errors() == []
+        if isinstance(error, SocketError):
+            assert error.connection is not None
+
+    async def test_closed_by_the_endpoint(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(memory)
+        async with serving(connections) as address, address() as socket:
+            await ready(socket)
+            await socket.send('{"close": 4002}')
+            assert await closed(socket) == 4002
+            assert socket.close_reason == "as you say"
+            await gone(connections)
+        assert connections.statistics().closed == {4002: 1}
+
+    async def test_the_end_of_the_block_closes(self, memory: MemoryLayer) -> None:
+        async def short(connection: Connection) -> None:
+            await connection.send_text("bye")
+
+        async with serving(ConnectionManager(memory), short) as address, address() as socket:
+            assert await socket.recv() == "bye"
+            assert await closed(socket) == 1000
+
+    async def test_what_it_says_of_itself(self, memory: MemoryLayer) -> None:
+        found: list[Connection] = []
+
+        async def note(connection: Connection) -> None:
+            found.append(connection)
+            await connection.identify("ada", {"name": "Ada"})
+            await room(connection)
+
+        connections = ConnectionManager(memory)
+        async with serving(connections, note) as address, address("group=room") as socket:
+            name = await ready(socket)
+            await ask(socket, "é")
+            (connection,) = connections
+            assert connections.get(name) is connection is found[0]
+            assert connections.get_user_connections("ada") == [connection]
+            assert connections.get_user_connections("bob") == []
+            assert connection.state is ConnectionState.OPEN
+            assert 0 <= connection.idle_time < 60
+            told = connection.to_dict()
+            assert json.loads(json.dumps(told)) == told
+            assert told["id"] == name
+            assert told["user_id"] == "ada"
+            assert told["metadata"] == {"name": "Ada"}
+            assert told["groups"] == ["room"]
+            assert (told["messages_in"], told["messages_out"]) == (1, 2)
+            assert told["bytes_in"] == len('"\\u00e9"')
+            (info,) = [info async for info in connections.everywhere()]
+            assert (info.channel, info.user_id, info.metadata) == (name, "ada", {"name": "Ada"})
+            assert await connections.count() == await connections.count(user_id="ada") == 1
+        await gone(connections)
+        assert found[0].state is ConnectionState.CLOSED
+        assert found[0].close_code == 1000
+        assert await connections.count() == 0
+
+
+class TestMistakesOfTheClient:
+    async def test_not_json(self, memory: MemoryLayer) -> None:
+        async with serving(ConnectionManager(memory)) as address, address() as socket:
+            await ready(socket)
+            for frame in ("{", b"\xff", "[" * 5000):
+                await socket.send(frame)
+                assert (await answer(socket))["code"] == "invalid_json"
+            assert await ask(socket, 1) == {"got": 1}
+
+    async def test_a_frame_that_is_too_large(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(memory, max_frame_size=1000)
+        async with serving(connections) as address, address() as socket:
+            await ready(socket)
+            for text in ("x" * 998, "é" * 499):
+                assert await ask_text(socket, json.dumps(text, ensure_ascii=False)) == {"got": text}
+            for text in ("x" * 999, "é" * 500):
+                error = await ask_text(socket, json.dumps(text, ensure_ascii=False))
+                assert (error["code"], error["context"]) == ("frame_too_large", {"limit": 1000})
+            assert await ask(socket, 1) == {"got": 1}
+
+    async def test_compressed_frames_count_as_what_they_are(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(memory, max_frame_size=1000)
+        async with serving(connections, **connections.server_options()) as address:
+            async with address(compression="deflate") as socket:
+                await ready(socket)
+                assert (await ask(socket, "x" * 1500))["code"] == "frame_too_large"
+                # More than the server takes: it is not even unpacked to its end.
+                await socket.send(json.dumps("x" * 10_000_000))
+                assert await closed(socket) == 1009
+            await gone(connections)
+
+    async def test_ping(self, memory: MemoryLayer) -> None:
+        async with serving(ConnectionManager(memory)) as address, address() as socket:
+            await ready(socket)
+            assert await ask(socket, {"type": "ping", "n": 7}) == {"type": "pong", "n": 7}
+            await socket.send('{"type": "pong"}')  # is not answered
+            assert await ask(socket, 1) == {"got": 1}
+            # Nobody has authenticated here, so this is the endpoint's.
+            refresh = {"type": "auth.refresh", "token": "x"}
+            assert await ask(socket, refresh) == {"got": refresh}
+
+
+async def ask_text(socket: ClientConnection, text: str) -> Any:
+    await socket.send(text)
+    return await answer(socket)
+
+
+class TestLimits:
+    async def test_of_a_user(self, layer: ChannelLayer) -> None:
+        connections = ConnectionManager(layer, limits=Limits(per_user=2))
+        async with serving(connections) as address:
+            async with address("user=ada") as one, address("user=ada") as two:
+                await ready(one)
+                await ready(two)
+                status, error = await refused(address("user=ada"))
+                assert status == 429
+                assert error["code"] == "too_many_connections"
+                assert error["context"] == {"scope": "user", "limit": 2}
+                async with address("user=bob") as other, address() as nobody:
+                    await ready(other)
+                    await ready(nobody)
+            await gone(connections)
+            async with address("user=ada") as socket:
+                await ready(socket)
+        assert connections.statistics().refused == {"too_many_connections": 1}
+
+    @pytest.mark.parametrize("scope", ["node", "total"])
+    async def test_of_all(self, layer: ChannelLayer, scope: str) -> None:
+        limits = Limits(per_node=1) if scope == "node" else Limits(total=1)
+        async with serving(ConnectionManager(layer, limits=limits)) as address, address() as socket:
+            await ready(socket)
+            status, error = await refused(address())
+            assert (status, error["context"]["scope"]) == (503, scope)
+
+    async def test_by_identify(self, layer: ChannelLayer) -> None:
+        async def endpoint(connection: Connection) -> None:
+            await connection.identify("ada")
+            await room(connection)
+
+        connections = ConnectionManager(layer, limits=Limits(per_user=1))
+        async with serving(connections, endpoint) as address, address() as socket:
+            await ready(socket)
+            async with address() as other:
+                assert (await answer(other))["code"] == "too_many_connections"
+                assert await closed(other) == 1008
+            assert await ask(socket, 1) == {"got": 1}
+
+    async def test_of_consumers(self, layer: ChannelLayer) -> None:
+        class Room(JsonConsumer):
+            async def connect(self, user: str) -> None:
+                await self.identify(user)
+
+        connections = ConnectionManager(layer, limits=Limits(per_user=1))
+        app = FastAPI()
+        app.add_api_websocket_route("/ws", Room.as_endpoint(connections))
+        async with serve(app) as address:
+            open_socket = Address(address)
+            async with open_socket("user=ada") as socket:
+                await ask(socket, {"type": "ping"})
+                assert (await refused(open_socket("user=ada")))[0] == 429
+                assert [type(each) for each in connections] == [Room]
+
+    async def test_of_a_group(self, layer: ChannelLayer) -> None:
+        connections = ConnectionManager(layer, limits=Limits(group_members=1))
+        async with serving(connections) as address, address() as one, address() as two:
+            await ready(one)
+            await ready(two)
+            await one.send('{"add": "room"}')
+            await ask(one, 1)
+            async with address("group=room") as third:
+                assert (await answer(third))["code"] == "group_full"
+                assert await closed(third) == 1008
+
+    async def test_of_channels_that_one_reads(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(memory, limits=Limits(groups=3))
+
+        async def endpoint(connection: Connection) -> None:
+            for n in range(3):
+                await connection.join(f"room:{n}")
+            await connection.join("room:0")  # once more is none more
+            with pytest.raises(SocketError) as raised:
+                await connection.join("room:3")
+            assert raised.value.code == "too_many_channels"
+            await connection.leave("room:0")
+            with pytest.raises(ValueError, match="invalid channel"):
+                await connection.join("no channel")
+            await connection.group_add("room:3")
+            assert connection.groups == {"room:1", "room:2", "room:3"}
+            # All at once: none slips through while another one waits.
+            await connection.leave("room:1")
+            results = await asyncio.gather(
+                *(connection.join(f"new:{n}") for n in range(10)), return_exceptions=True
+            )
+            assert [type(result) for result in results].count(type(None)) == 1
+            await connection.send_text('"done"')
+
+        async with serving(connections, endpoint) as address, address() as socket:
+            assert await answer(socket) == "done"
+
+
+async def verify(token: str) -> Identity:
+    """``<user>`` or ``<user>:<seconds that it is good for>``."""
+    user, _, seconds = token.partition(":")
+    if user == "bad":
+        raise AuthenticationError
+    now = datetime.now(UTC)
+    expires_at = now + timedelta(seconds=float(seconds)) if seconds else None
+    if expires_at is not None and expires_at <= now:
+        raise TokenExpired
+    return Identity(user, token_id=token, issued_at=now, expires_at=expires_at)
+
+
+def bearer(token: str) -> dict[str, Any]:
+    return {"additional_headers": {"Authorization": f"Bearer {token}"}}
+
+
+class TestAuthentication:
+    async def test_with_the_handshake(
+        self, layer: ChannelLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        authentication = Authentication(verify, HeaderToken(), SubprotocolToken())
+        connections = ConnectionManager(layer, authentication=authentication)
+        async with serving(connections) as address:
+            assert (await refused(address()))[0] == 401
+            assert (await refused(address(**bearer("bad"))))[1]["code"] == "unauthenticated"
+            status, error = await refused(address(**bearer("ada:-5")))
+            assert (status, error["code"]) == (401, "token_expired")
+            async with address(**bearer("ada")) as socket:
+                await ready(socket)
+                (connection,) = connections
+                assert connection.user_id == "ada"
+            async with address(subprotocols=["bearer", "bob"]) as socket:
+                await ready(socket)
+                assert socket.subprotocol == "bearer"
+        assert errors() == []
+        assert connections.statistics().refused == {"unauthenticated": 2, "token_expired": 1}
+
+    async def test_with_the_first_message(self, memory: MemoryLayer) -> None:
+        authentication = Authentication(verify, FirstMessageToken(deadline=30))
+        connections = ConnectionManager(
+            memory, authentication=authentication, limits=Limits(per_user=1)
+        )
+        async with serving(connections) as address:
+            async with address() as socket:
+                # Nothing is kept for who has not said who it is.
+                assert await connections.count() == 0
+                await socket.send('{"type": "auth", "token": "ada"}')
+                await ready(socket)
+                assert [each.user_id for each in connections] == ["ada"]
+                async with address() as second:
+                    await second.send('{"type": "auth", "token": "ada"}')
+                    assert (await answer(second))["code"] == "too_many_connections"
+                    assert await closed(second) == 1008
+            for frame in ('{"type": "auth", "token": "bad"}', "{}", "[", b"\xff", '"auth"'):
+                async with address() as socket:
+                    await socket.send(frame)
+                    assert (await answer(socket))["category"] == "authentication"
+                    assert await closed(socket) == 3000
+            async with address() as socket:
+                await socket.close()
+            await gone(connections)
+
+    async def test_no_first_message(self, memory: MemoryLayer) -> None:
+        authentication = Authentication(verify, FirstMessageToken(deadline=0.05))
+        connections = ConnectionManager(memory, authentication=authentication)
+        async with serving(connections) as address, address() as socket:
+            assert (await answer(socket))["code"] == "authentication_timeout"
+            assert await closed(socket) == 3008
+        assert connections.statistics().opened == 0
+
+    async def test_an_identity_that_a_dependency_has_found(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(memory)
+        app = FastAPI()
+
+        @app.websocket("/ws")
+        async def endpoint(websocket: WebSocket) -> None:
+            identity = Identity("ada")
+            async with connections.connect(websocket, identity=identity) as connection:
+                await room(connection)
+
+        async with serve(app) as address, Address(address)() as socket:
+            await ready(socket)
+            assert [each.user_id for each in connections] == ["ada"]
+
+    async def test_a_token_that_runs_out(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(
+            memory, authentication=Authentication(verify, HeaderToken())
+        )
+        async with serving(connections) as address, address(**bearer("ada:0.3")) as socket:
+            await ready(socket)
+            assert (await answer(socket))["code"] == "token_expired"
+            assert await closed(socket) == 3000
+
+    @pytest.mark.parametrize("token", ["bob", "bad", "", None, 5, "ada:-1", "x" * 10_000])
+    async def test_a_refresh_that_is_refused(self, memory: MemoryLayer, token: object) -> None:
+        """With another's token, a bad one or none."""
+        connections = ConnectionManager(
+            memory, authentication=Authentication(verify, HeaderToken())
+        )
+        async with serving(connections) as address, address(**bearer("ada:60")) as socket:
+            await ready(socket)
+            error = await ask(socket, {"type": "auth.refresh", "token": token})
+            assert error["category"] == "authentication"
+            assert await closed(socket) == 3000
+
+    async def test_refresh_asks_again(self, memory: MemoryLayer) -> None:
+        allowed = {"a", "b"}
+
+        async def authorize(identity: Identity | None, action: str, channel: str) -> bool:
+            return channel in allowed
+
+        connections = ConnectionManager(
+            memory, authentication=Authentication(verify, HeaderToken()), authorize=authorize
+        )
+        async with serving(connections) as address, address(**bearer("ada:0.5")) as socket:
+            await ready(socket)
+            await socket.send('{"join": "a"}')
+            await socket.send('{"add": "b"}')
+            await ask(socket, 1)
+            allowed.discard("b")
+            told = await ask(socket, {"type": "auth.refresh", "token": "ada:60"})
+            assert (told["code"], told["context"]["channel"]) == ("forbidden", "b")
+            told = await answer(socket)
+            assert told["type"] == "auth.refreshed"
+            assert datetime.fromisoformat(told["expires_at"]) > datetime.now(UTC)
+            assert await memory.group_members("b") == []
+            await memory.send("b", {"n": 1})
+            await memory.send("a", {"n": 2})
+            assert (await answer(socket))["data"] == {"n": 2}
+            # Past the end of the first token.
+            (connection,) = connections
+            assert connection.state is ConnectionState.OPEN
+
+    @pytest.mark.parametrize("by", ["user", "token"])
+    async def test_revocation(self, make_layer: Callable[[], ChannelLayer], by: str) -> None:
+        """In mid-stream, from another node; and the token is no good any more."""
+        authentication = Authentication(verify, HeaderToken())
+        async with make_layer() as layer, make_layer() as other:
+            connections = ConnectionManager(layer, authentication=authentication)
+            elsewhere = ConnectionManager(other, authentication=authentication)
+            async with serving(connections) as address:
+                async with address(**bearer("ada")) as socket, address(**bearer("bob")) as bob:
+                    await ready(socket)
+                    await ready(bob)
+                    what = {"user_id": "ada"} if by == "user" else {"token_id": "ada"}
+                    await elsewhere.revoke(**what)
+                    assert (await answer(socket))["code"] == "token_revoked"
+                    assert await closed(socket) == 3000
+                    assert await ask(bob, 1) == {"got": 1}
+                if by == "token":
+                    status, error = await refused(address(**bearer("ada")))
+                    assert (status, error["code"]) == (401, "token_revoked")
+
+    async def test_origins(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(memory, origins=Origins("https://shop.example"))
+        async with serving(connections) as address:
+            async with address(origin="https://shop.example") as socket:
+                await ready(socket)
+            for origin in ("https://evil.example", "null", "http://shop.example"):
+                status, error = await refused(address(origin=origin))
+                assert (status, error["code"]) == (403, "origin")
+
+
+class TestAuthorization:
+    async def test_each_action(self, layer: ChannelLayer) -> None:
+        asked: list[tuple[str | None, str, str]] = []
+
+        async def authorize(identity: Identity | None, action: str, channel: str) -> bool:
+            asked.append((None if identity is None else identity.user_id, action, channel))
+            return channel == f"may {action}".replace(" ", ":")
+
+        connections = ConnectionManager(
+            layer,
+            authentication=Authentication(verify, HeaderToken()),
+            authorize=cast("Any", authorize),
+        )
+        async with serving(connections) as address, address(**bearer("ada")) as socket:
+            await ready(socket)
+            for verb, action in (
+                ("join", "subscribe"),
+                ("add", "subscribe"),
+                ("publish", "publish"),
+                ("history", "history"),
+                ("presence", "presence"),
+            ):
+                async with address(**bearer("ada")) as other:
+                    await ready(other)
+                    error = await ask(other, {verb: "secret"})
+                    assert error["code"] == "forbidden"
+                    assert error["context"] == {"action": action, "channel": "secret"}
+                    assert await closed(other) == 3003
+                assert asked[-1] == ("ada", action, "secret")
+                await socket.send(json.dumps({verb: f"may:{action}"}))
+                if verb in ("history", "presence"):
+                    assert await answer(socket) in ([{"n": 1}], [], 0)
+            assert await ask(socket, 1) == {"got": 1}
+
+    async def test_by_a_position(self, memory: MemoryLayer) -> None:
+        """A position does not open what its channel's name does not."""
+
+        async def authorize(identity: Identity | None, action: str, channel: str) -> bool:
+            return channel == "mine"
+
+        await memory.send("secret", {"n": 1})
+        connections = ConnectionManager(memory, authorize=cast("Any", authorize))
+        async with serving(connections) as address, address("group=secret&after=0") as socket:
+            assert (await answer(socket))["code"] == "forbidden"
+            assert await closed(socket) == 3003
+
+
+class Shout(Middleware):
+    """Upper-case in, nothing that is called secret out."""
+
+    def __init__(self) -> None:
+        self.gone: list[str] = []
+
+    async def inbound(self, connection: Connection, frame: Frame) -> Frame | None:
+        content = frame.json()
+        if content == "drop":
+            return None
+        if content == "refuse":
+            raise SocketError("no", code="refused_here")
+        if content == "away":
+            raise SocketError("no more", code="away", disconnect=True)
+        return frame.replace(content=content.upper()) if isinstance(content, str) else frame
+
+    async def outbound(self, connection: Connection, message: Message) -> Message | None:
+        return None if message.type == "secret" else message
+
+    def closed(self, connection: Connection) -> None:
+        self.gone.append(connection.id)
+
+
+class TestMiddleware:
+    async def test_frames_and_messages_pass_through_it(self, memory: MemoryLayer) -> None:
+        shout = Shout()
+        connections = ConnectionManager(memory, middleware=shout)
+        async with serving(connections) as address, address("group=room") as socket:
+            name = await ready(socket)
+            assert await ask(socket, "hello") == {"got": "HELLO"}
+            await socket.send('"drop"')
+            assert (await ask(socket, "refuse"))["code"] == "refused_here"
+            await memory.send("room", {"type": "secret"})
+            await memory.send("room", {"type": "open"})
+            assert (await answer(socket))["data"] == {"type": "open"}
+            assert (await ask(socket, "away"))["code"] == "away"
+            assert await closed(socket) == 1008
+            await gone(connections)
+        assert shout.gone == [name]
+
+    async def test_consumers_too(self, memory: MemoryLayer) -> None:
+        class Room(JsonConsumer):
+            @receives("Ping")
+            async def on_ping(self, content: Any) -> None:
+                await self.send_json("mine")
+
+            async def receive_json(self, content: Any) -> None:
+                await self.send_json({"got": content})
+
+        app = FastAPI()
+        connections = ConnectionManager(memory, middleware=Shout())
+        app.add_api_websocket_route("/ws", Room.as_endpoint(connections))
+        async with serve(app) as address, Address(address)() as socket:
+            assert await ask(socket, "hello") == {"got": "HELLO"}
+            assert await ask(socket, {"type": "Ping"}) == "mine"
+            assert await ask(socket, {"type": "ping"}) == {"type": "pong"}
+
+
+class TestHeartbeat:
+    async def test_who_does_not_answer_is_closed(self, memory: MemoryLayer) -> None:
+        heartbeat = Heartbeat(0.05, 30, missed=2, by="json")
+        connections = ConnectionManager(memory, heartbeat=heartbeat)
+        async with serving(connections) as address, address() as socket:
+            await ready(socket)
+            assert [await answer(socket) for _ in range(2)] == [{"type": "ping"}] * 2
+            assert await closed(socket) == 1011
+
+    async def test_who_answers_stays(self, memory: MemoryLayer) -> None:
+        heartbeat = Heartbeat(0.05, 30, missed=1, by="json")
+        connections = ConnectionManager(memory, heartbeat=heartbeat)
+        async with serving(connections) as address, address() as socket:
+            await ready(socket)
+            for _ in range(5):
+                assert await answer(socket) == {"type": "ping"}
+                await socket.send('{"type": "pong"}')
+
+    async def test_the_servers_own(self, memory: MemoryLayer) -> None:
+        """With protocol pings, a client that is stopped is noticed by the server."""
+        connections = ConnectionManager(memory, heartbeat=Heartbeat(0.1, 0.3))
+        async with (
+            serving(connections, **connections.server_options()) as address,
+            address() as socket,
+        ):
+            await ready(socket)
+            socket.transport.pause_reading()
+            await gone(connections)
+            socket.transport.resume_reading()
+
+
+class TestSendingAway:
+    @pytest.mark.parametrize("how", ["itself", "its id", "another node"])
+    async def test_disconnect(self, make_layer: Callable[[], ChannelLayer], how: str) -> None:
+        async with make_layer() as layer, make_layer() as other:
+            connections, elsewhere = ConnectionManager(layer), ConnectionManager(other)
+            async with serving(connections) as address, address() as socket:
+                name = await ready(socket)
+                if how == "itself":
+                    await connections.disconnect(next(iter(connections)), 4000, "go")
+                else:
+                    manager = connections if how == "its id" else elsewhere
+                    await manager.disconnect(name, 4000, "go")
+                assert await closed(socket) == 4000
+                assert socket.close_reason == "go"
+
+    async def test_drain(self, layer: ChannelLayer) -> None:
+        connections = ConnectionManager(layer, shutdown=Shutdown(reconnect_within=8))
+        async with serving(connections) as address:
+            sockets = [await address("group=room") for _ in range(4)]
+            for socket in sockets:
+                await ready(socket)
+            await connections.drain()
+            waits = []
+            for socket in sockets:
+                told = await answer(socket)
+                assert told["type"] == "reconnect"
+                waits.append(told["reconnect_in"])
+                assert await closed(socket) == 1012
+            # One in each quarter.
+            assert sorted(int(wait // 2) for wait in waits) == [0, 1, 2, 3]
+            status, error = await refused(address())
+            assert (status, error["code"]) == (503, "draining")
+            assert len(connections) == 0
+        assert await layer.group_members("room") == []
+        assert await layer.count_connections() == 0
+
+    async def test_the_end_of_the_lifespan_drains(self, memory: MemoryLayer) -> None:
+        layer = MemoryLayer()
+        connections = ConnectionManager(layer)
+        app = FastAPI(lifespan=lifespan(connections))
+
+        @app.websocket("/ws")
+        async def endpoint(websocket: WebSocket) -> None:
+            assert websocket.state.connections is connections
+            async with connections.connect(websocket) as connection:
+                await room(connection)
+
+        async with lifespan(connections)(app) as state:
+            assert state["layer"] is layer
+        assert connections.is_draining
+        async with serve(app) as address, Address(address)() as socket:
+            await ready(socket)
+            assert not connections.is_draining
+
+    async def test_a_slow_goodbye_is_cut_short(
+        self, memory: MemoryLayer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Slow(JsonConsumer):
+            async def disconnect(self, code: int) -> None:
+                await release.wait()
+
+        release = asyncio.Event()
+        connections = ConnectionManager(memory, shutdown=Shutdown(timeout=0.05))
+        app = FastAPI()
+        app.add_api_websocket_route("/ws", Slow.as_endpoint(connections))
+        async with serve(app) as address, Address(address)() as socket:
+            await ask(socket, {"type": "ping"})
+            await connections.drain()
+            assert "1 connections did not close in time" in caplog.text
+            release.set()
+
+
+class TestSending:
+    async def test_to_all_kinds_of_receivers(self, make_layer: Callable[[], ChannelLayer]) -> None:
+        async with make_layer() as layer, make_layer() as other:
+            connections, elsewhere = ConnectionManager(layer), ConnectionManager(other)
+            async with (
+                serving(connections) as address,
+                serving(elsewhere) as second,
+                address("user=ada") as one,
+                second("user=ada") as two,
+                second("user=bob") as three,
+            ):
+                names = [await ready(socket) for socket in (one, two, three)]
+                for name in names:
+                    await connections.join_group(name, "room")
+                await elsewhere.send_personal(names[0], {"n": 1})
+                await connections.send_group("room", {"n": 2})
+                await connections.send_group_except("room", {"n": 3}, names[0])
+                await connections.send_to_user("ada", {"n": 4})
+                # What another node has done is known of a moment later.
+                assert await numbers(one, until=4) == [1, 2, 4]
+                assert await numbers(two, until=4) == [2, 3, 4]
+                assert await numbers(three, until=3) == [2, 3]
+                await elsewhere.leave_group(names[2], "room")
+                await connections.leave_group(names[0], "room")
+                await connections.send_group("room", {"n": 5})
+                await elsewhere.broadcast({"n": 6})
+                assert await numbers(one, until=6) == [6]
+                assert await numbers(two, until=6) == [5, 6]
+                assert await numbers(three, until=6) == [6]
+
+
+async def numbers(socket: ClientConnection, *, until: int) -> list[int]:
+    got: list[int] = []
+    while until not in got:
+        got.append((await answer(socket))["data"]["n"])
+    return got
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"send_timeout": 0},
+            {"send_timeout": -1},
+            {"max_frame_size": 0},
+        ],
+    )
+    def test_what_cannot_be(self, options: dict[str, Any]) -> None:
+        with pytest.raises(ConfigurationError):
+            ConnectionManager(MemoryLayer(), **options)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"interval": 0},
+            {"interval": 60, "timeout": 60},
+            {"timeout": float("inf")},
+            {"missed": 0},
+            {"by": "smoke"},
+        ],
+    )
+    def test_heartbeats(self, options: dict[str, Any]) -> None:
+        with pytest.raises(ConfigurationError):
+            Heartbeat(**options)
+
+    @pytest.mark.parametrize("options", [{"reconnect_within": -1}, {"timeout": -0.1}])
+    def test_shutdown(self, options: dict[str, Any]) -> None:
+        with pytest.raises(ConfigurationError):
+            Shutdown(**options)
+
+    def test_not_a_layer(self) -> None:
+        with pytest.raises(ConfigurationError, match="channel layer"):
+            ConnectionManager(cast("Any", "postgresql://"))
+
+    def test_server_options(self) -> None:
+        layer = MemoryLayer()
+        protocol = ConnectionManager(layer, heartbeat=Heartbeat(20, 50)).server_options()
+        assert (protocol["ws_ping_interval"], protocol["ws_ping_timeout"]) == (20, 30)
+        off = ConnectionManager(layer, heartbeat=Heartbeat(by="off")).server_options()
+        assert (off["ws_ping_interval"], off["ws_ping_timeout"]) == (None, None)
+        assert ConnectionManager(layer, max_frame_size=500).server_options()["ws_max_size"] == 1000
+
+    async def test_an_http_exception_of_a_consumer(self, memory: MemoryLayer) -> None:
+        class Room(JsonConsumer):
+            async def connect(self) -> None:
+                raise HTTPException(418, "a teapot")
+
+        app = FastAPI()
+        app.add_api_websocket_route("/ws", Room.as_endpoint(memory))
+        async with serve(app) as address:
+            assert await refused(Address(address)()) == (418, "a teapot")
