@@ -5,8 +5,9 @@ The expressions are JSONPath's filters (RFC 9535, section 2.3.5) over absolute s
     $.status == "paid" && ($.total >= 100 || !$.test)
 
 Clients may choose them, so that nothing in them can take long: a path leads to one value at most,
-there are no functions, regular expressions or wildcards, and their length, their depth and the
-number of their comparisons are bounded. A parser by recursive descent makes closures of them.
+there are no functions, regular expressions or wildcards, and their length, their depth, the number
+of their comparisons and what one of these may look at are bounded. A parser by recursive descent
+makes closures of them.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from pgchannels.errors import InvalidFilter
 if TYPE_CHECKING:
     from pgchannels.messages import Message
 
-__all__ = ["MAX_DEPTH", "MAX_FILTER_LENGTH", "MAX_TESTS", "Filter"]
+__all__ = ["MAX_COMPARED", "MAX_DEPTH", "MAX_FILTER_LENGTH", "MAX_TESTS", "Filter"]
 
 MAX_FILTER_LENGTH = 500
 MAX_TESTS = 20
 """Comparisons and tests for existence."""
 MAX_DEPTH = 10
 """Parentheses within each other."""
+MAX_COMPARED = 1000
+"""Values that two objects or arrays may hold for one comparison to look into them."""
 
 _MAX_INDEX = 2**53 - 1
 
@@ -53,7 +56,8 @@ class Filter:
 
     A filter sees the JSON of the payload as it is in the log and as clients get it, whatever the
     layer's serialiser: ``null`` where bytes were lifted out. Integers beyond 64 bits count as
-    floating-point numbers. A payload that cannot be parsed matches no filter.
+    floating-point numbers. A payload that cannot be parsed matches no filter, nor does one of which
+    objects or arrays would have to be compared that hold more than 1000 values.
     """
 
     __slots__ = ("_test", "text")
@@ -77,7 +81,10 @@ class Filter:
     def matches(self, message: Message) -> bool:
         """Whether *message* is wanted. Never raises."""
         document = message.document
-        return document is not None and self._test(document)
+        try:
+            return document is not None and self._test(document)
+        except _TooLargeToCompare:
+            return False
 
     def __repr__(self) -> str:
         return f"<Filter {self.text!r}>"
@@ -86,6 +93,10 @@ class Filter:
 # Comparing values
 
 _NOTHING = object()
+
+
+class _TooLargeToCompare(Exception):
+    """Two objects or arrays hold too much to look at for a filter that anybody may have chosen."""
 
 
 def _equal(left: Any, right: Any) -> bool:
@@ -99,15 +110,20 @@ def _equal(left: Any, right: Any) -> bool:
 def _deeply_equal(left: Any, right: Any) -> bool:
     # Not recursive: what is parsed can be deeper than Python's stack.
     pairs = [(left, right)]
+    compared = 0
     while pairs:
         left, right = pairs.pop()
+        if isinstance(left, (dict, list)):
+            if type(left) is not type(right) or len(left) != len(right):
+                return False
+            compared += len(left)
+            if compared > MAX_COMPARED:
+                raise _TooLargeToCompare
         if isinstance(left, dict):
-            if not isinstance(right, dict) or left.keys() != right.keys():
+            if left.keys() != right.keys():
                 return False
             pairs += [(value, right[name]) for name, value in left.items()]
         elif isinstance(left, list):
-            if not isinstance(right, list) or len(left) != len(right):
-                return False
             pairs += zip(left, right, strict=True)
         elif not _equal(left, right):
             return False

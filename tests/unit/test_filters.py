@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgchannels import InvalidFilter, Message
-from pgchannels.filters import MAX_DEPTH, MAX_FILTER_LENGTH, MAX_TESTS, Filter
+from pgchannels.filters import MAX_COMPARED, MAX_DEPTH, MAX_FILTER_LENGTH, MAX_TESTS, Filter
 from pgchannels.messages import ATTACHMENTS
 from pgchannels.payloads import JSONSerializer
 
@@ -343,6 +344,30 @@ class TestPayloads:
         found = message(payload)
         assert Filter.parse("$.a == $.b").matches(found)
         assert not Filter.parse("$.a == $.c").matches(found)
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            lambda n: [1] * n,
+            lambda n: {str(i): i for i in range(n)},
+            lambda n: [[1] * (n // 2 - 1), {str(i): i for i in range(n - n // 2 - 1)}],
+        ],
+        ids=["an array", "an object", "within"],
+    )
+    def test_what_is_too_large_to_compare_matches_nothing(
+        self, value: Callable[[int], Any]
+    ) -> None:
+        """Whatever anybody asks for, a message takes but a moment."""
+
+        def payload(count: int) -> Message:
+            return message(json.dumps({"a": value(count), "b": value(count), "c": [1]}))
+
+        large = payload(MAX_COMPARED + 1)
+        for text in ("$.a == $.b", "$.a != $.b", "!($.a == $.b)", "$.a <= $.b", "$.b >= $.a"):
+            assert Filter.parse(text).matches(payload(MAX_COMPARED)) == ("!" not in text)
+            assert not Filter.parse(text).matches(large)
+        # What is different at a glance is not looked into.
+        assert Filter.parse("$.a != $.c && $.a && $.c == $.c && $.a != 1").matches(large)
 
     @pytest.mark.parametrize("payload", ['{"a": 1}', '{"a": 1e999}'])
     def test_it_is_parsed_once(self, monkeypatch: pytest.MonkeyPatch, payload: str) -> None:
