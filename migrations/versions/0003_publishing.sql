@@ -264,6 +264,18 @@ begin
                   from (select to_jsonb(o.*) - unseen as row from old_rows o offset 0) r offset 0) c
          where c.channel is not null and c.payload is not null;
     else
+        -- A key is a table's own: rows of its children by inheritance may have the same.
+        if exists (select from pg_inherits i join pg_class c on c.oid = i.inhparent
+                    where i.inhparent = tg_relid and c.relkind = 'r')
+           and exists (select from (select 'old', (select jsonb_agg(to_jsonb(o.*) -> k.name) from unnest(key) k(name)) from old_rows o
+                                    union all
+                                    select 'new', (select jsonb_agg(to_jsonb(n.*) -> k.name) from unnest(key) k(name)) from new_rows n
+                                   ) r(side, identity)
+                        group by r.side, r.identity having count(*) > 1) then
+            raise exception 'rows of watched table % and of its children have the same primary key', tg_relid::regclass
+                using errcode = 'object_not_in_prerequisite_state', table = tg_table_name,
+                      hint = 'Update them by themselves (ONLY), or watch only insert and delete.';
+        end if;
         insert into pgchannels.outbox (channel, payload)
         select t.channel, c.payload
           from (select b.row as before, a.row as after, a.place,

@@ -557,6 +557,31 @@ class TestPartitions:
             ("parents.updated", {"id": 1}, {"a": 2})
         ]
 
+    @pytest.mark.parametrize("change", ["secret = secret || '!'", "id = 7, secret = 'both'"])
+    def test_rows_that_only_inheritance_lets_have_one_key(
+        self, connection: Connection, change: str
+    ) -> None:
+        connection.execute(
+            "create table parents (tenant int, id int primary key, secret text);"
+            "create table children () inherits (parents);"
+            "insert into parents values (1, 1, 'a');"
+            "insert into children values (2, 1, 'b'), (2, 2, 'c')"
+        )
+        watch(connection, "parents", "tenant:{tenant}")
+        with pytest.raises(ObjectNotInPrerequisiteState, match="the same primary key"):
+            connection.execute(f"update parents set {change}".encode())
+        assert told(connection) == []
+        connection.execute("update only parents set secret = 'A'")
+        connection.execute("update parents set secret = 'C' where id = 2")
+        connection.execute("delete from parents")
+        assert [
+            (channel, p.get("new") or p["old"]["secret"]) for channel, p in told(connection)
+        ] == [
+            ("tenant:1", {"secret": "A"}),
+            ("tenant:2", {"secret": "C"}),
+            *[("tenant:1", "A"), ("tenant:2", "b"), ("tenant:2", "C")],
+        ]
+
 
 class TestTypes:
     @pytest.mark.parametrize(
