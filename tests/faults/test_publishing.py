@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 import pytest
@@ -12,11 +15,27 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import NullPool
 
-from pgchannels import Settings
+from pgchannels import PostgresLayer, Settings
+from pgchannels.embedded import EmbeddedPostgres
+from pgchannels.migrate import upgrade
 from pgchannels.orm import install
 from tests.support.eventually import eventually
-from tests.support.orders import ACTS, Act, Checked, Rows, prepare
-from tests.support.sessions import Log, WakeCounter
+from tests.support.orders import (
+    ACTS,
+    Act,
+    Base,
+    Checked,
+    Rows,
+    bulk_insert,
+    delete,
+    insert,
+    prepare,
+    publish_beside,
+    told,
+    update,
+)
+from tests.support.servers import server_directory
+from tests.support.sessions import ALL_SHAPES, Log, Make, WakeCounter
 from tests.support.tcp_proxy import TcpProxy
 
 
@@ -64,7 +83,46 @@ async def gone(database_url: str) -> None:
     await eventually(nobody, timeout=30)
 
 
-@pytest.mark.parametrize("answer", [False, True], ids=["request lost", "answer lost"])
+def through(proxy: TcpProxy) -> sa.Engine:
+    return sa.create_engine(
+        proxy.url.replace("postgresql:", "postgresql+psycopg:"),
+        poolclass=NullPool,
+        connect_args={"application_name": "cut off"},
+    )
+
+
+@contextmanager
+def with_binds(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
+    maker = sessionmaker(engine, binds={Base: engine})
+    install(maker, layer)
+    yield maker
+
+
+@contextmanager
+def two_phase(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
+    maker = sessionmaker(engine, twophase=True)
+    install(maker, layer)
+    yield maker
+
+
+def work(make: Make, customer: int) -> None:
+    """Something of everything, some of it in a savepoint."""
+    session = make()
+    try:
+        with session.begin_nested():
+            for act in (insert, update, publish_beside):
+                act(session, customer)
+        for act in (bulk_insert, delete, publish_beside):
+            act(session, customer)
+        session.commit()
+    finally:
+        session.close()
+
+
+answers = pytest.mark.parametrize("answer", [False, True], ids=["request lost", "answer lost"])
+
+
+@answers
 @pytest.mark.parametrize("act", ACTS)
 class TestConnectionLostDuringCommit:
     async def test_sync(
@@ -74,12 +132,7 @@ class TestConnectionLostDuringCommit:
             async with CutAtCommit(database_url, answer=answer) as proxy:
 
                 def work() -> None:
-                    engine = sa.create_engine(
-                        proxy.url.replace("postgresql:", "postgresql+psycopg:"),
-                        poolclass=NullPool,
-                        connect_args={"application_name": "cut off"},
-                    )
-                    maker = sessionmaker(engine)
+                    maker = sessionmaker(through(proxy))
                     install(maker, counter.layer)
                     with maker() as session:
                         act(session, customer)
@@ -113,3 +166,76 @@ class TestConnectionLostDuringCommit:
                 assert proxy.has_cut
             await gone(database_url)
         assert counter.woken == 0
+
+
+@answers
+class TestOfEveryShape:
+    """Whoever's COMMIT it is: the session's, or that of the transaction which it is in."""
+
+    @pytest.mark.parametrize("shape", [*ALL_SHAPES, with_binds])
+    async def test_sync(
+        self,
+        database_url: str,
+        checked: Checked,
+        counter: WakeCounter,
+        shape: Callable[..., Any],
+        answer: bool,
+    ) -> None:
+        with checked.expecting(answer) as customer:
+            async with CutAtCommit(database_url, answer=answer) as proxy:
+
+                def lose() -> None:
+                    with (
+                        pytest.raises(DBAPIError),
+                        shape(through(proxy), counter.layer) as make,
+                    ):
+                        work(make, customer)
+
+                async with asyncio.timeout(60):
+                    await asyncio.to_thread(lose)
+                assert proxy.has_cut
+            await gone(database_url)
+
+    async def test_two_phase(self, prepared_transactions: str, answer: bool) -> None:
+        """Without an answer it is committed or prepared; what is prepared can yet be committed."""
+        url = prepared_transactions
+        log, rows = Log(url), Rows(url)
+        checked = Checked(prepare(url), log, rows)
+        counter = WakeCounter(Settings(database_url=url))
+        with checked.expecting(answer) as customer:
+            before = len(rows.history())
+            async with CutAtCommit(url, answer=answer) as proxy:
+
+                def lose() -> None:
+                    with (
+                        pytest.raises((DBAPIError, psycopg.Error)),
+                        two_phase(through(proxy), counter.layer) as make,
+                    ):
+                        work(make, customer)
+
+                async with asyncio.timeout(60):
+                    await asyncio.to_thread(lose)
+                assert proxy.has_cut
+            await gone(url)
+        with psycopg.connect(url, autocommit=True) as connection:
+            left = connection.execute("select gid from pg_prepared_xacts").fetchall()
+            assert len(left) == (0 if answer else 1)
+            for (name,) in left:
+                connection.execute(psycopg.sql.SQL("commit prepared {}").format(name))
+        assert sorted(told(log)) == sorted(rows.history()[before:])
+        assert [channel for channel, _ in log.messages()].count("beside") == rows.beside() == 2
+
+
+@pytest.fixture
+def prepared_transactions(postgres_version: int) -> Iterator[str]:
+    """The URL of a database on a server that allows prepared transactions."""
+    with (
+        server_directory() as directory,
+        EmbeddedPostgres(
+            directory,
+            version=postgres_version,
+            settings={"max_prepared_transactions": "5", "fsync": "off"},
+        ) as server,
+    ):
+        upgrade(server.url())
+        yield server.url()

@@ -7,7 +7,6 @@ log must agree with it, whatever the sessions went through.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import pytest
@@ -26,7 +25,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
-from pgchannels import PostgresLayer, Settings
+from pgchannels import Settings
 from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.migrate import upgrade
 from pgchannels.orm import install
@@ -45,7 +44,7 @@ from tests.support.orders import (
     told,
 )
 from tests.support.servers import server_directory
-from tests.support.sessions import SHAPES, Log, Make, WakeCounter
+from tests.support.sessions import ALL_SHAPES, Log, Make, WakeCounter
 
 
 @pytest.fixture
@@ -81,67 +80,6 @@ def make(engine: sa.Engine, counter: WakeCounter) -> sessionmaker[Session]:
     install(maker, counter.layer)
     return maker
 
-
-# More shapes of sessions. An outer transaction is committed, unless the session has ended it.
-
-
-def end(transaction: sa.Transaction) -> None:
-    if transaction.is_active:
-        transaction.commit()
-
-
-def joined(mode: Any, *, in_savepoint: bool = False) -> Callable[..., Any]:
-    @contextmanager
-    def shape(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
-        with ExitStack() as stack:
-
-            def make() -> Session:
-                connection = stack.enter_context(engine.connect())
-                transaction = connection.begin()
-                stack.callback(end, transaction)
-                if in_savepoint:
-                    savepoint = connection.begin_nested()
-                    stack.callback(end, savepoint)
-                maker = sessionmaker(connection, join_transaction_mode=mode)
-                install(maker, layer)
-                return maker()
-
-            yield make
-
-    shape.__name__ = f"joined_{mode}{'_in_savepoint' if in_savepoint else ''}"
-    return shape
-
-
-@contextmanager
-def not_expiring(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
-    maker = sessionmaker(engine, expire_on_commit=False)
-    install(maker, layer)
-    yield maker
-
-
-@contextmanager
-def two_subclasses(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
-    class Parent(Session):
-        pass
-
-    class Child(Parent):
-        pass
-
-    install(Parent, layer)
-    install(Child, layer)
-    yield lambda: Child(engine)
-
-
-ALL_SHAPES = [
-    *SHAPES,
-    not_expiring,
-    two_subclasses,
-    joined("conditional_savepoint"),
-    joined("conditional_savepoint", in_savepoint=True),
-    joined("rollback_only"),
-    joined("control_fully"),
-    joined("create_savepoint"),
-]
 
 # How it ends.
 

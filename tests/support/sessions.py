@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import psycopg
@@ -109,3 +109,65 @@ def in_a_connection(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
 
 
 SHAPES = [plain, without_autoflush, subclass, scoped, in_a_connection]
+
+
+# More of them. An outer transaction is committed, unless the session has ended it.
+
+
+def end(transaction: sa.Transaction) -> None:
+    if transaction.is_active:
+        transaction.commit()
+
+
+def joined(mode: Any, *, in_savepoint: bool = False) -> Callable[..., Any]:
+    @contextmanager
+    def shape(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
+        with ExitStack() as stack:
+
+            def make() -> Session:
+                connection = stack.enter_context(engine.connect())
+                transaction = connection.begin()
+                stack.callback(end, transaction)
+                if in_savepoint:
+                    savepoint = connection.begin_nested()
+                    stack.callback(end, savepoint)
+                maker = sessionmaker(connection, join_transaction_mode=mode)
+                install(maker, layer)
+                return maker()
+
+            yield make
+
+    shape.__name__ = f"joined_{mode}{'_in_savepoint' if in_savepoint else ''}"
+    return shape
+
+
+@contextmanager
+def not_expiring(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
+    maker = sessionmaker(engine, expire_on_commit=False)
+    install(maker, layer)
+    yield maker
+
+
+@contextmanager
+def two_subclasses(engine: sa.Engine, layer: PostgresLayer) -> Iterator[Make]:
+    class Parent(Session):
+        pass
+
+    class Child(Parent):
+        pass
+
+    install(Parent, layer)
+    install(Child, layer)
+    yield lambda: Child(engine)
+
+
+ALL_SHAPES = [
+    *SHAPES,
+    not_expiring,
+    two_subclasses,
+    joined("conditional_savepoint"),
+    joined("conditional_savepoint", in_savepoint=True),
+    joined("rollback_only"),
+    joined("control_fully"),
+    joined("create_savepoint"),
+]
