@@ -24,9 +24,11 @@ NEVER = 600.0
 PUBLISHING = """
 import sys
 import psycopg
+import pgchannels.waker as waker_module
 from pgchannels import Settings
 from pgchannels.waker import waker_for
 
+waker_module._PATIENCE = 60.0
 with psycopg.connect(sys.argv[1]) as connection:
     connection.execute("select pgchannels.publish('a', '{}')")
 waker_for(Settings(database_url=sys.argv[2])).wake()
@@ -86,6 +88,10 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
+def recoveries(caplog: pytest.LogCaptureFixture) -> int:
+    return [record.getMessage() for record in caplog.records].count("nodes are woken again")
+
+
 async def test_an_outage_is_told_once_and_got_over(
     layer: PostgresLayer,
     proxy: TcpProxy,
@@ -93,6 +99,7 @@ async def test_an_outage_is_told_once_and_got_over(
     database_url: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "pgchannels.waker")
     for outage in range(2):
         await proxy.cut(refuse=True)
         attempts = proxy.accepted
@@ -107,6 +114,8 @@ async def test_an_outage_is_told_once_and_got_over(
         await asyncio.to_thread(publish, database_url)
         waker.wake()
         await received(layer, outage + 1)
+        # The message may be here before the answer is there by which the outage is over.
+        await eventually(lambda outage=outage: recoveries(caplog) == outage + 1)  # type: ignore[misc]
         assert len(warnings(caplog)) == outage + 1
 
 
@@ -180,10 +189,10 @@ async def test_a_stalled_network_delays_the_exit_by_a_second_at_most(
 ) -> None:
     proxy.stall()
     process = processes.start("-W", "error", "-c", PUBLISHING, database_url, proxy.url)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(90):
         await eventually(lambda: proxy.active, timeout=30)
         started = asyncio.get_running_loop().time()
         assert await asyncio.to_thread(process.wait, 60) == 0
-    # A connection may take five, and its end again some.
-    assert asyncio.get_running_loop().time() - started < 4
+    # A connection may take sixty here, and its end again some.
+    assert asyncio.get_running_loop().time() - started < 30
     assert processes.output(process) == ""

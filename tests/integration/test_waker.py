@@ -34,8 +34,12 @@ STRICTLY = ("-W", "error", "-W", "ignore:This process:DeprecationWarning")
 PUBLISHING = """
 import multiprocessing, os, sys, threading, time
 import psycopg
+import pgchannels.waker as waker_module
 from pgchannels import Settings
 from pgchannels.waker import waker_for
+
+# A second, in which a busy machine might not get so far.
+waker_module._EXIT_TIME = 30.0
 
 url = sys.argv[1]
 waker = waker_for(Settings(database_url=url))
