@@ -85,9 +85,13 @@ class Write:
         }
 
     def key(self) -> dict[str, Any]:
+        """By which readers know the row: the former one, where an update changes it."""
         if self.operation == "delete":
             return dict(zip(self.plan.key, self._identity(), strict=True))
-        return {name: self.value(name) for name in self.plan.key}
+        return {
+            name: self.former[name] if name in self.former else self.value(name)
+            for name in self.plan.key
+        }
 
     def _look_again(self) -> None:
         # A listener that came after ours may have set something, and post_update= too. What was set

@@ -280,7 +280,43 @@ class TestDefaultPayload:
             order.id = 7
             session.delete(order)
             session.commit()
-        assert [payload["key"]["id"] for payload in log.payloads()] == [5, 6, 6]
+        assert [
+            (payload["key"], payload.get("new", {}).get("id")) for payload in log.payloads()
+        ] == [
+            ({"id": 5}, 5),
+            ({"id": 5}, 6),  # which row it is that has another key now
+            ({"id": 6}, None),
+        ]
+
+    @pytest.mark.parametrize("expired", [True, False])
+    def test_a_part_of_a_key_changes(
+        self, base: Any, engine: sa.Engine, counter: WakeCounter, log: Log, expired: bool
+    ) -> None:
+        @publishes("seats")
+        class Seat(base):  # type: ignore[misc]
+            __tablename__ = "seats"
+
+            row: Mapped[int] = mapped_column(primary_key=True)
+            place: Mapped[str] = mapped_column(primary_key=True)
+
+        base.metadata.create_all(engine)
+        maker = sessionmaker(engine, expire_on_commit=expired)
+        install(maker, counter.layer)
+        with maker() as session:
+            seat = Seat(row=1, place="A")
+            session.add(seat)
+            session.commit()
+            seat.place = "B"
+            session.commit()
+            session.refresh(seat)
+            session.expunge(seat)
+            seat.row = 2
+            session.bulk_save_objects([seat])
+            session.commit()
+        assert [(payload["key"], payload["new"]) for payload in log.payloads()[1:]] == [
+            ({"row": 1, "place": "A"}, {"place": "B"}),
+            ({"row": 1, "place": "B"}, {"row": 2}),
+        ]
 
 
 class TestUpdates:
