@@ -39,17 +39,20 @@ async def layer(database_url: str) -> AsyncIterator[PostgresLayer]:
         yield layer
 
 
+# Not asynchronous: the first database that is asked for is migrated in an event loop of its own.
 @pytest.fixture(params=["memory", "postgres"])
-async def small_pages(request: pytest.FixtureRequest) -> AsyncIterator[ChannelLayer]:
-    """A layer that reads a few messages at a time."""
-    layer: ChannelLayer
+def unopened(request: pytest.FixtureRequest) -> ChannelLayer:
     if request.param == "memory":
-        layer = MemoryLayer(Settings(page_bytes=1024))
-    else:
-        url = request.getfixturevalue("database_url")
-        layer = PostgresLayer(Settings(database_url=url, page_bytes=1024))
-    async with layer:
-        yield layer
+        return MemoryLayer(Settings(page_bytes=1024))
+    url = request.getfixturevalue("database_url")
+    return PostgresLayer(Settings(database_url=url, page_bytes=1024))
+
+
+@pytest.fixture
+async def small_pages(unopened: ChannelLayer) -> AsyncIterator[ChannelLayer]:
+    """A layer that reads a few messages at a time."""
+    async with unopened:
+        yield unopened
 
 
 def connect(url: str) -> Connection:
