@@ -6,8 +6,8 @@ The expressions are JSONPath's filters (RFC 9535, section 2.3.5) over absolute s
 
 Clients may choose them, so that nothing in them can take long: a path leads to one value at most,
 there are no functions, regular expressions or wildcards, and their length, their depth, the number
-of their comparisons and what one of these may look at are bounded. A parser by recursive descent
-makes closures of them.
+of their comparisons and what these may look into are bounded. A parser by recursive descent makes
+closures of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_TESTS = 20
 MAX_DEPTH = 10
 """Parentheses within each other."""
 MAX_COMPARED = 1000
-"""Values that two objects or arrays may hold for one comparison to look into them."""
+"""Values in objects and arrays that all comparisons for one message may look at."""
 
 _MAX_INDEX = 2**53 - 1
 
@@ -57,7 +57,7 @@ class Filter:
     A filter sees the JSON of the payload as it is in the log and as clients get it, whatever the
     layer's serialiser: ``null`` where bytes were lifted out. Integers beyond 64 bits count as
     floating-point numbers. A payload that cannot be parsed matches no filter, nor does one of which
-    objects or arrays would have to be compared that hold more than 1000 values.
+    more than 1000 values in objects and arrays would have to be compared.
     """
 
     __slots__ = ("_test", "text")
@@ -81,10 +81,7 @@ class Filter:
     def matches(self, message: Message) -> bool:
         """Whether *message* is wanted. Never raises."""
         document = message.document
-        try:
-            return document is not None and self._test(document)
-        except _TooLargeToCompare:
-            return False
+        return document is not None and self._test(document)
 
     def __repr__(self) -> str:
         return f"<Filter {self.text!r}>"
@@ -95,37 +92,48 @@ class Filter:
 _NOTHING = object()
 
 
-class _TooLargeToCompare(Exception):
-    """Two objects or arrays hold too much to look at for a filter that anybody may have chosen."""
+class _TooMuch(Exception):
+    """More values would have to be compared than for a filter that anybody may have chosen."""
 
 
-def _equal(left: Any, right: Any) -> bool:
+class _Allowance:
+    """How many values in objects and arrays may still be looked at for one message."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = 0
+
+    def take(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise _TooMuch
+
+
+def _equal(left: Any, right: Any, allowance: _Allowance) -> bool:
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right  # Python's True is 1
     if isinstance(left, (dict, list)):
-        return left is right or _deeply_equal(left, right)
+        return left is right or _deeply_equal(left, right, allowance)
     return bool(left == right)
 
 
-def _deeply_equal(left: Any, right: Any) -> bool:
+def _deeply_equal(left: Any, right: Any, allowance: _Allowance) -> bool:
     # Not recursive: what is parsed can be deeper than Python's stack.
     pairs = [(left, right)]
-    compared = 0
     while pairs:
         left, right = pairs.pop()
         if isinstance(left, (dict, list)):
             if type(left) is not type(right) or len(left) != len(right):
                 return False
-            compared += len(left)
-            if compared > MAX_COMPARED:
-                raise _TooLargeToCompare
+            allowance.take(len(left))
         if isinstance(left, dict):
             if left.keys() != right.keys():
                 return False
             pairs += [(value, right[name]) for name, value in left.items()]
         elif isinstance(left, list):
             pairs += zip(left, right, strict=True)
-        elif not _equal(left, right):
+        elif not _equal(left, right, allowance):
             return False
     return True
 
@@ -140,13 +148,13 @@ def _less(left: Any, right: Any) -> bool:
     return _is_number(left) and _is_number(right) and left < right
 
 
-_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+_COMPARISONS: dict[str, Callable[[Any, Any, _Allowance], bool]] = {
     "==": _equal,
-    "!=": lambda left, right: not _equal(left, right),
-    "<": _less,
-    "<=": lambda left, right: _less(left, right) or _equal(left, right),
-    ">": lambda left, right: _less(right, left),
-    ">=": lambda left, right: _less(right, left) or _equal(left, right),
+    "!=": lambda left, right, allowance: not _equal(left, right, allowance),
+    "<": lambda left, right, _: _less(left, right),
+    "<=": lambda left, right, allowance: _less(left, right) or _equal(left, right, allowance),
+    ">": lambda left, right, _: _less(right, left),
+    ">=": lambda left, right, allowance: _less(right, left) or _equal(left, right, allowance),
 }
 
 
@@ -183,12 +191,23 @@ def _exists(find: _Find) -> _Test:
     return lambda document: find(document) is not _NOTHING
 
 
-def _compared(left: _Operand, operator: str, right: _Operand) -> _Test:
+def _compared(left: _Operand, operator: str, right: _Operand, allowance: _Allowance) -> _Test:
     compare, find, find_other = _COMPARISONS[operator], left.find, right.find
     if right.is_literal:
         literal = find_other({})
-        return lambda document: compare(find(document), literal)
-    return lambda document: compare(find(document), find_other(document))
+        return lambda document: compare(find(document), literal, allowance)
+    return lambda document: compare(find(document), find_other(document), allowance)
+
+
+def _bounded(test: _Test, allowance: _Allowance) -> _Test:
+    def test_within(document: dict[str, Any]) -> bool:
+        allowance.left = MAX_COMPARED
+        try:
+            return test(document)
+        except _TooMuch:
+            return False
+
+    return test_within
 
 
 def _not(test: _Test) -> _Test:
@@ -257,6 +276,8 @@ class _Parser:
         self._text = text
         self._at = 0
         self._tests = 0
+        self._allowance = _Allowance()
+        self._compares_paths = False
 
     def parse(self) -> _Test:
         if len(self._text) > MAX_FILTER_LENGTH:
@@ -264,7 +285,8 @@ class _Parser:
         test = self._logical_or(0)
         if self._at < len(self._text):
             self._fail("expected '&&', '||' or the end")
-        return test
+        # Literals are neither objects nor arrays.
+        return _bounded(test, self._allowance) if self._compares_paths else test
 
     def _logical_or(self, depth: int) -> _Test:
         tests = [self._logical_and(depth)]
@@ -305,7 +327,9 @@ class _Parser:
             return _exists(left.find)
         if negated:
             self._fail("'!' before a comparison needs parentheses: !(… == …)", place)
-        return _compared(left, operator, self._comparable())
+        right = self._comparable()
+        self._compares_paths |= not (left.is_literal or right.is_literal)
+        return _compared(left, operator, right, self._allowance)
 
     def _comparable(self) -> _Operand:
         start = self._skip_blanks()

@@ -61,11 +61,11 @@ from pgchannels.records import (
     Receipt,
 )
 from pgchannels.settings import Settings
+from pgchannels.stream import Source, Stream, filtered
 
 if TYPE_CHECKING:
     from pgchannels.follower import Follower
     from pgchannels.overflow import Overflow
-    from pgchannels.stream import Source, Stream
 
 __all__ = ["MAX_HISTORY", "ChannelLayer", "outgoing"]
 
@@ -444,7 +444,7 @@ class ChannelLayer(ABC):
             if end is None or not newest_first:
                 end = Position(head.epoch, head.id)  # what comes after it has not been looked at
             between = [message for message in page.messages if message.id < before]
-            messages += [m for m in between if wanted is None or wanted.matches(m)]
+            messages += between if wanted is None else await filtered(between, wanted)
             following = None
             if len(messages) > limit:
                 following = messages[limit - 1].position

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Hashable, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pgchannels.member import Member
     from pgchannels.settings import Settings
 
-__all__ = ["Source", "Stream", "Subscriber"]
+__all__ = ["Source", "Stream", "Subscriber", "filtered"]
 
 logger = logging.getLogger("pgchannels.stream")
 
@@ -420,7 +420,7 @@ class Stream:
             else:
                 messages = [message for message in page.messages if message.is_for(self._name)]
                 if self._filter is not None:
-                    messages = await self._filtered(messages, self._filter)
+                    messages = await filtered(messages, self._filter)
                 self._subscription.page(
                     read,
                     messages,
@@ -430,15 +430,6 @@ class Stream:
                 )
                 return
 
-    async def _filtered(self, messages: list[Message], wanted: Filter) -> list[Message]:
-        found: list[Message] = []
-        for start in range(0, len(messages), _FILTERED_AT_A_TIME):
-            if start:
-                await asyncio.sleep(0)
-            some = messages[start : start + _FILTERED_AT_A_TIME]
-            found += [message for message in some if wanted.matches(message)]
-        return found
-
     def _wake(self) -> None:
         if self._subscription.state is State.ENDED and not self._closed:
             # Not close(): the source is going through its subscribers, and this is one of them.
@@ -447,3 +438,14 @@ class Stream:
             self._closed = True
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
+
+
+async def filtered(messages: Sequence[Message], wanted: Filter) -> list[Message]:
+    """Those that are wanted of a page of the log. Others get their turn in between."""
+    found: list[Message] = []
+    for start in range(0, len(messages), _FILTERED_AT_A_TIME):
+        if start:
+            await asyncio.sleep(0)
+        some = messages[start : start + _FILTERED_AT_A_TIME]
+        found += [message for message in some if wanted.matches(message)]
+    return found

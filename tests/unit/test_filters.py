@@ -366,6 +366,9 @@ class TestPayloads:
         for text in ("$.a == $.b", "$.a != $.b", "!($.a == $.b)", "$.a <= $.b", "$.b >= $.a"):
             assert Filter.parse(text).matches(payload(MAX_COMPARED)) == ("!" not in text)
             assert not Filter.parse(text).matches(large)
+        twice = Filter.parse("$.a != $.b || $.b == $.a")
+        assert twice.matches(payload(MAX_COMPARED // 2))
+        assert not twice.matches(payload(MAX_COMPARED))
         # What is different at a glance is not looked into.
         assert Filter.parse("$.a != $.c && $.a && $.c == $.c && $.a != 1").matches(large)
 
