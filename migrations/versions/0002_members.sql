@@ -176,6 +176,8 @@ end
 $$;
 
 -- Publish that members have left, those of whom nothing remains in the group. The lock is held.
+-- Metadata is text in "departed": as json in it, an escape such as \u0000 in a name, which json may
+-- hold and text may not, could not be read here, and whoever has that name could never leave.
 create function pgchannels.publish_left(departed json) returns integer
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -186,7 +188,7 @@ begin
     with gone as (
         select distinct on (d.group_name, d.identity) d.*
           from json_to_recordset(departed)
-               as d(group_name text, channel text, identity text, presence text, user_id text, metadata json)
+               as d(group_name text, channel text, identity text, presence text, user_id text, metadata text)
          where d.identity is not null
            and not exists (select from pgchannels.memberships m
                             where m.group_name = d.group_name and m.identity = d.identity)
@@ -202,7 +204,7 @@ begin
            json_build_object(
                'type', 'presence.left', 'group', g.group_name, 'user_id', g.user_id,
                'connection', case when g.presence = 'connection' then g.channel end,
-               'metadata', g.metadata,
+               'metadata', g.metadata::json,
                'count', p.count + count(*) over (partition by g.group_name)
                         - row_number() over (partition by g.group_name order by g.identity))
       from gone g join present p on p.group_name = g.group_name
@@ -244,7 +246,7 @@ begin
         -- Who is renewed as somebody else leaves as who it was.
         if counted <> '{}' then
             select json_agg(r) into departed from (
-                select m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata
+                select m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata::text
                   from unnest(groups, names, adding, presences) c(group_name, channel, adding, presence)
                   join pgchannels.memberships m on m.group_name = c.group_name and m.channel = c.channel
                   left join pgchannels.channels k on k.name = c.channel
@@ -335,7 +337,7 @@ begin
             delete from pgchannels.memberships m
              using unnest(ending_groups, ending_names) c(group_name, channel)
              where m.group_name = c.group_name and m.channel = c.channel and m.left_at is null
-            returning m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata
+            returning m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata::text
         )
         select json_agg(g) into departed from gone g where g.identity is not null;
         if departed is not null then
@@ -405,7 +407,7 @@ begin
     with gone as (
         delete from pgchannels.memberships m
          where m.left_at < due_before and m.group_name = any (counted)
-        returning m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata
+        returning m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata::text
     )
     select json_agg(g) into departed from gone g;
     return case when departed is null then 0 else pgchannels.publish_left(departed) end;

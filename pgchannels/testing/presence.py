@@ -9,6 +9,7 @@ import pytest
 from pgchannels.channels import presence_channel
 from pgchannels.errors import InvalidChannel, InvalidUser
 from pgchannels.layer import ChannelLayer
+from pgchannels.records import PresenceBy
 from pgchannels.stream import Stream
 from pgchannels.testing.support import MakeLayer, take, until
 
@@ -168,6 +169,25 @@ class PresenceTests:
         await layer.update_channel(channel, user_id="v", metadata={"n": 2})
         (present,) = await layer.presence("room")
         assert (present.user_id, present.metadata) == ("u", {"n": 1})
+
+    @pytest.mark.parametrize("presence", ["user", "connection"])
+    async def test_metadata_of_any_kind(self, make_layer: MakeLayer, presence: PresenceBy) -> None:
+        """A name that a client has chosen keeps nobody from leaving."""
+        layer, other = await make_layer(presence_grace=0.2), await make_layer(presence_grace=0.2)
+        metadata: dict[str, Any] = {"name": 'a\0b\\u0000"\N{PILE OF POO}', "null": None, "": [{}]}
+        async with other.subscribe(presence_channel("room")) as stream:
+            for deleted in (False, True):
+                channel = await layer.new_channel(user_id="u", metadata=metadata)
+                await layer.group_add("room", channel, presence=presence)
+                (present,) = await other.presence("room")
+                assert present.metadata == metadata
+                if deleted:
+                    await layer.delete_channel(channel)
+                else:
+                    await layer.group_discard("room", channel)
+                joined, left = await take(stream, 2)
+                assert (joined["type"], left["type"]) == ("presence.joined", "presence.left")
+                assert joined["metadata"] == left["metadata"] == metadata
 
     async def test_renewed_as_somebody_else(self, make_layer: MakeLayer) -> None:
         layer = await make_layer(presence_grace=0)
