@@ -325,7 +325,8 @@ class _Node:
         self._log = log
         self._settings = settings
         self._index: dict[str, dict[Subscriber, None]] = {}
-        self._receiving: dict[asyncio.Future[None], str] = {}
+        # Who waits for which channel; for none any more, if that has been deleted.
+        self._receiving: dict[asyncio.Future[None], str | None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = self._dead = False
         log.nodes[self.id] = self
@@ -354,9 +355,12 @@ class _Node:
             stream.close(_closed())
         for follower in list(self.followers):
             follower.end()
+        woken = [name for future, name in self._receiving.items() if name and future.done()]
         for future in self._receiving:
             if not future.done():
                 future.set_result(None)
+        for name in woken:
+            self._log.wake(name)  # what it was woken for is another node's to take
 
     def check_open(self) -> None:
         if self._closed:
@@ -392,14 +396,19 @@ class _Node:
                 self._log.wake(name)  # what it was woken for is another's to take
             raise
         finally:
-            del self._receiving[future]
+            waited_for = self._receiving.pop(future)
             self._log.stop_waiting(name, future)
+        if waited_for is None:
+            raise InvalidChannel(name, "it has been deleted")
 
     def end_receiving(self, name: str) -> None:
         """The channel has been deleted: who waits for it here waits in vain."""
         for future, waited_for in self._receiving.items():
-            if waited_for == name and not future.done():
-                future.set_exception(InvalidChannel(name, "it has been deleted"))
+            if waited_for == name:
+                self._receiving[future] = None
+                # Or it has been woken already, for a message that is gone with the channel.
+                if not future.done():
+                    future.set_result(None)
 
     # For streams
 

@@ -292,6 +292,20 @@ class CapacityTests:
         with pytest.raises(InvalidChannel):
             await waiting
 
+    async def test_a_channel_that_is_deleted_just_as_it_is_sent_to(
+        self, make_layer: MakeLayer
+    ) -> None:
+        layer = await make_layer()
+        channel = await layer.new_channel()
+        waiting = asyncio.create_task(layer.receive(channel))
+        with pytest.raises(TimeoutError):
+            await layer.receive(channel, timeout=0.1)  # so that the other waits, too
+        await layer.send(channel, {"n": 1})
+        await layer.delete_channel(channel)
+        async with asyncio.timeout(PATIENCE):
+            (result,) = await asyncio.gather(waiting, return_exceptions=True)
+        assert isinstance(result, (InvalidChannel, Message))  # the message may have come in time
+
     async def test_the_messages_of_groups_do_not_count(self, make_layer: MakeLayer) -> None:
         layer = await make_layer(capacity=1)
         channel = await layer.new_channel()

@@ -557,6 +557,21 @@ class TestReceiving:
         async with asyncio.timeout(5):
             assert (await second)["n"] == 1
 
+    @pytest.mark.parametrize("end", ["close", "kill"])
+    async def test_a_wakeup_of_a_layer_that_ends_is_handed_on(
+        self, make_layer: MakeLayer, end: str
+    ) -> None:
+        layer, other = await make_layer(), await make_layer()
+        first, second = (asyncio.create_task(each.receive("jobs")) for each in (layer, other))
+        await waiting(second)
+        # Woken by this, and told that it is over before it could run.
+        layer.log.publish(Outgoing("jobs", '{"n": 1}'), layer.settings)
+        layer.kill() if end == "kill" else await layer.close()
+        with pytest.raises(ChannelLayerClosed):
+            await first
+        async with asyncio.timeout(5):
+            assert (await second)["n"] == 1
+
     async def test_ten_thousand_wait(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
         receiving = [asyncio.create_task(layer.receive(f"jobs:{n}")) for n in range(10_000)]
