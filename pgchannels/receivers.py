@@ -258,6 +258,11 @@ class Receivers:
             answer = await self._insist(
                 lambda: self._session.claim(wanted, claimant=self._id, token=token)
             )
+            # All messages first, before anything that may fail: they are taken, and nothing that
+            # happens with one channel may cost another's.
+            for name, claim in answer.channels.items():
+                for message in claim.messages:
+                    self._pass_on(self._inbox(name), message)
             if not answer.may_claim:
                 await self._insist(lambda: self._session.fetch("add_claimant", self._id))
             # That of a connection which is gone is not made again: it would begin anew.
@@ -278,10 +283,6 @@ class Receivers:
             return
         self._refused.reset()
         self._at_a_time = min(2 * self._at_a_time, _CHANNELS_AT_A_TIME)
-        # All messages first: nothing that happens with one channel may cost another's.
-        for name, claim in answer.channels.items():
-            for message in claim.messages:
-                self._pass_on(self._inbox(name), message)
         for name, claim in answer.channels.items():
             incomplete = answer.incomplete or not answer.may_claim or name in unknown
             if len(claim.messages) == wanted[name] or self._has_news(name, claim) or incomplete:

@@ -416,6 +416,35 @@ async def test_handing_back_is_refused(
         assert (await layer.receive("jobs", timeout=10))["n"] == 1
 
 
+async def test_the_row_of_a_new_channel_is_refused(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the same claim has taken for another channel is not lost for that."""
+    connection = await asyncpg.connect(database_url)
+    try:
+        async with asyncio.timeout(30), PostgresLayer(database_url) as layer:
+            await layer.send("jobs", {"n": 0})
+            assert (await layer.receive("jobs"))["n"] == 0
+            await connection.execute(
+                "create function refuse() returns trigger language plpgsql as $$ begin"
+                "  raise exception 'refused' using errcode = 'deadlock_detected';"
+                "end $$;"
+                "create trigger refuse before insert on pgchannels.channels"
+                "  for each row execute function refuse()"
+            )
+            async with layer.subscribe("jobs") as stream:
+                await layer.send("jobs", {"n": 1})
+                await anext(stream)  # and so it is there to be claimed
+            receiving = [asyncio.create_task(layer.receive(name)) for name in ("jobs", "new")]
+            assert (await receiving[0])["n"] == 1
+            await eventually(lambda: "refused" in caplog.text)
+            await connection.execute("drop trigger refuse on pgchannels.channels")
+            await layer.send("new", {"n": 2})
+            assert (await receiving[1])["n"] == 2
+    finally:
+        await connection.close(timeout=5)
+
+
 async def test_claims_and_handing_back_for_many_channels(
     database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
