@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import inspect
 import json
 import re
 import subprocess
@@ -21,6 +22,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.engine import make_url
 
 from pgchannels import MemoryLayer
+from pgchannels.web import JsonConsumer
 
 # Where an example is wrong, a client waits for what does not come.
 pytestmark = pytest.mark.timeout(30)
@@ -144,6 +146,14 @@ def test_its_errors_are_those_of_the_table(client: TestClient, sent: str, code: 
         error = ada.receive_json()
     assert (error["type"], error["code"]) == ("error", code)
     assert f"| `{code}` |" in text
+
+
+def test_what_is_to_be_awaited_says_so() -> None:
+    text = (ROOT / "docs" / "consumers.md").read_text(encoding="utf-8")
+    calls = re.findall(r"^\| `(await )?(\w+)\(", text[text.index("To call:") :], re.MULTILINE)
+    assert len(calls) >= 9
+    for awaited, name in calls:
+        assert inspect.iscoroutinefunction(getattr(JsonConsumer, name)) is bool(awaited), name
 
 
 def test_the_room_is_closed_by_a_message(room: dict[str, Any]) -> None:
