@@ -12,6 +12,7 @@ import asyncio
 import logging
 import re
 from collections import deque
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from pgchannels.errors import DatabaseError
@@ -47,8 +48,9 @@ class Ephemeral:
         # What was hinted at since the last look. However many hints come, they cost one look.
         self._range: tuple[int, int] | None = None
         self._hinted = asyncio.Event()
-        self._seen: deque[int] = deque()
-        self._is_seen: set[int] = set()
+        # With their times: after a crash of the server the ids begin anew.
+        self._seen: deque[tuple[int, datetime]] = deque()
+        self._is_seen: set[tuple[int, datetime]] = set()
 
     def hint(self, payload: str) -> bool:
         """A notification came. Say whether it is about ephemeral messages."""
@@ -83,18 +85,18 @@ class Ephemeral:
             read = await self._store.read_ephemeral(first, last, _MAX_MESSAGES, position)
             for id, message in read:
                 # Those of concurrent statements may lie in between, and have hints of their own.
-                if id in self._is_seen:
+                if (id, message.created_at) in self._is_seen:
                     rest = min(rest, _AFTER_OLD_HINT)
                 else:
                     rest = 0
-                    self._remember(id)
+                    self._remember(id, message.created_at)
                     self._hub.offer(message)
             if len(read) < _MAX_MESSAGES:
                 return rest
             first = read[-1][0] + 1
 
-    def _remember(self, id: int) -> None:
-        self._seen.append(id)
-        self._is_seen.add(id)
+    def _remember(self, id: int, created_at: datetime) -> None:
+        self._seen.append((id, created_at))
+        self._is_seen.add((id, created_at))
         if len(self._seen) > _REMEMBERED:
             self._is_seen.discard(self._seen.popleft())

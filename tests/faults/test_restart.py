@@ -7,7 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import asyncpg
@@ -156,3 +156,45 @@ async def test_streams_stay_open_and_miss_nothing(
         for got in received:
             assert got == log
         await eventually(lambda: all(a.is_listening for a in (*layers, lagging)), timeout=20)
+
+
+async def test_ephemeral_messages_after_a_crash(own_server: EmbeddedPostgres) -> None:
+    """Their table is empty then, and begins to count anew. They are not taken for the old ones."""
+    settings = Settings(database_url=own_server.url(), heartbeat_interval=0.5)
+    before = 1000
+    async with (
+        asyncio.timeout(90),
+        PostgresLayer(settings) as layer,
+        layer.subscribe("room") as stream,
+    ):
+        await eventually(lambda: layer.is_listening)
+        for n in range(0, before, 50):
+            await asyncio.gather(*(layer.send_ephemeral("room", {"n": n + i}) for i in range(50)))
+            for _ in range(50):
+                await anext(stream)
+        await restart_immediate(own_server)
+        await eventually(lambda: is_listened_to(own_server), timeout=30)
+        await eventually(lambda: layer.is_listening, timeout=30)
+        sent = 0
+
+        async def has_come() -> Any:
+            nonlocal sent
+            sent += 1
+            with suppress(DatabaseUnavailable):
+                await layer.send_ephemeral("room", {"n": before})
+            return stream.pending
+
+        await eventually(has_come, timeout=30)
+        assert sent < before, "those that were taken for old ones do not count"
+        assert (await anext(stream))["n"] == before
+
+
+async def is_listened_to(server: EmbeddedPostgres) -> Any:
+    connection = await asyncpg.connect(server.url())
+    try:
+        return await connection.fetchval(
+            "select exists (select from pg_stat_activity"
+            " where application_name = 'pgchannels listener')"
+        )
+    finally:
+        await connection.close(timeout=5)
