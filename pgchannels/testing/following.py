@@ -216,7 +216,7 @@ class FollowingTests:
             assert numbers(await next_batch(batches)) == [2]
 
     async def test_messages_that_were_not_retained(self, make_layer: MakeLayer) -> None:
-        layer = await make_layer(retention=timedelta(seconds=1), prune_interval=0.1)
+        layer = await make_layer(retention=timedelta(seconds=2.5), prune_interval=0.1)
         async with layer.follow("orders", name="billing"):
             pass
         await layer.send("orders", {"n": 1})

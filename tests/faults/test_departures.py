@@ -157,7 +157,7 @@ class Room:
                 timedelta(seconds=LEASE),
                 nodes,
             ),
-            timeout=3 * LEASE,
+            timeout=30,
         )
 
     async def renewed(self) -> None:
@@ -247,7 +247,7 @@ async def test_a_user_who_is_elsewhere_by_then(
     await room.steady(2)
     doomed.signal(signal.SIGKILL)
     back = await room.enter(surviving, users("a", 5), by="user")
-    await eventually(lambda: len(witness.saw("left")) >= 5, timeout=2 * LEASE + SOON)
+    await eventually(lambda: len(witness.saw("left")) >= 5, timeout=30)
     await room.renewed()
     assert await room.members() == names([witness, *back])
     assert sorted(user for user, _ in witness.saw("left")) == [f"a{n}" for n in range(5, 10)]
@@ -265,11 +265,11 @@ async def test_a_node_that_was_stopped_comes_back(
     await room.steady(2)
     before = len(others[-1].saw("joined"))
     stopped.signal(signal.SIGSTOP)
-    await eventually(lambda: all(len(m.saw("left")) >= 20 for m in others), timeout=2 * LEASE)
+    await eventually(lambda: all(len(m.saw("left")) >= 20 for m in others), timeout=30)
     assert await room.members() == names(others)
     await room.say(1)
     stopped.signal(signal.SIGCONT)
-    await eventually(lambda: len(others[-1].saw("joined")) >= before + 20, timeout=10)
+    await eventually(lambda: len(others[-1].saw("joined")) >= before + 20, timeout=30)
     assert await room.members() == names(theirs + others)
     await room.say(2)
     await eventually(lambda: all(m.said == [1, 2] for m in theirs + others))
@@ -323,7 +323,7 @@ async def test_a_node_hears_of_its_death_before_all_is_settled(
 
             await eventually(is_back)
             await layer.group_send("room", {"n": 2})
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(20):
                 assert [(await anext(stream))["n"] for _ in range(3)] == [0, 1, 2]
                 assert (await receiving)["n"] == 2, "it had received what came before"
     finally:
@@ -355,13 +355,13 @@ async def test_the_database_is_away_for_longer_than_the_lease(database_url: str)
 
             await eventually(
                 lambda: all_are("clock_timestamp() - steady_since > $1::interval"),
-                timeout=3 * LEASE,
+                timeout=30,
             )
             nodes = await connection.fetch("select id from pgchannels.nodes order by id")
             await proxy.cut(refuse=True)
             await eventually(
                 lambda: all_are("heartbeat_at < clock_timestamp() - $1::interval * 1.2"),
-                timeout=3 * LEASE,
+                timeout=30,
             )
             proxy.resume()
             # Each has come back, and has then had the time to declare others dead.
@@ -370,7 +370,7 @@ async def test_the_database_is_away_for_longer_than_the_lease(database_url: str)
                     "dead_since is null and heartbeat_at > clock_timestamp() - $1::interval"
                     " and steady_since < clock_timestamp() - $1::interval * 1.2"
                 ),
-                timeout=6 * LEASE,
+                timeout=30,
             )
             assert await connection.fetch("select id from pgchannels.nodes order by id") == nodes
             assert await layers[1].group_members("room") == sorted(channels)
@@ -384,7 +384,7 @@ async def test_the_database_is_away_for_longer_than_the_lease(database_url: str)
 
 async def until_the_end(stream: Stream) -> list[Message]:
     events = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while (event := await anext(stream))["type"] != "end":
             events.append(event)
     return events
@@ -392,7 +392,7 @@ async def until_the_end(stream: Stream) -> list[Message]:
 
 async def test_a_node_closes(database_url: str) -> None:
     """Connections leave at once; users when they have not come back within the time of grace."""
-    settings = Settings(database_url=database_url, **{**SETTINGS, "presence_grace": 2.0})
+    settings = Settings(database_url=database_url, **{**SETTINGS, "presence_grace": 4.0})
     connection = await asyncpg.connect(database_url)
     try:
         async with (
@@ -413,10 +413,14 @@ async def test_a_node_closes(database_url: str) -> None:
                 closed_at = await connection.fetchval("select clock_timestamp()")
             # Half of the users come back on another node.
             back = {}
-            for user in list(clients)[::2]:
+
+            async def come_back(user: str) -> None:
                 back[user] = await other.new_channel(user_id=user)
                 await other.group_add("room", back[user], presence="user")
-            async with asyncio.timeout(10):
+
+            # At once: there is no time to lose.
+            await asyncio.gather(*map(come_back, list(clients)[::2]))
+            async with asyncio.timeout(20):
                 gone = [await anext(events) for _ in range(75)]
             assert await other.group_members("room") == sorted(back.values())
             assert {p.user_id for p in await other.presence("room")} == set(back)
@@ -435,7 +439,7 @@ async def test_a_node_closes(database_url: str) -> None:
 
 async def test_a_user_who_moves_to_another_node(database_url: str) -> None:
     """Again and again, never away for longer than the time of grace: nobody is told."""
-    settings = Settings(database_url=database_url, **SETTINGS)
+    settings = Settings(database_url=database_url, **{**SETTINGS, "presence_grace": 4.0})
     async with (
         PostgresLayer(settings) as one,
         PostgresLayer(settings) as two,
@@ -456,7 +460,7 @@ async def test_a_user_who_moves_to_another_node(database_url: str) -> None:
         await one.group_add("room", late, presence="user")
         await one.group_discard("room", late)
         seen: list[Message] = []
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while not seen or seen[-1]["type"] != "presence.left":
                 seen.append(await anext(events))
         assert [e["user_id"] for e in seen] == [*(f"u{n}" for n in range(20)), "late", "late"]
