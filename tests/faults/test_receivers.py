@@ -234,7 +234,8 @@ class Publishing:
         while not self._stopped:
             some = range(self._count, self._count + 20)
             self._count = some.stop
-            await asyncio.gather(*map(self._publish, some), asyncio.sleep(0.01))
+            # Not more than receivers that are held up all the time can take in the end.
+            await asyncio.gather(*map(self._publish, some), asyncio.sleep(0.04))
 
     async def _publish(self, n: int) -> None:
         channel = "jobs" if n % 3 == 0 else f"team:{n % 3}"
@@ -260,7 +261,9 @@ async def test_their_backends_are_terminated(
             publishing = Publishing(layer)
             await receiving.start(2)
             while terminated < 30:
-                await asyncio.sleep(draw.random() * 0.05)
+                # Time enough to connect and to claim, often: who never gets that far waits for
+                # longer and longer, and is in no danger.
+                await asyncio.sleep(draw.random() * 0.3)
                 terminated += await connection.fetchval(
                     "select count(*) filter (where pg_terminate_backend(pid)) from pg_stat_activity"
                     " where datname = current_database()"

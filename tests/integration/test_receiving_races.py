@@ -249,7 +249,7 @@ class TestClaims:
                     await session.execute(insert, headers)
                 await layer.send("other", {"after": headers[:50]})
                 await layer.send("jobs", {"after": headers[:50]})
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(20):
                     message, other = await asyncio.gather(*waiting)
                     assert other["after"] == headers[:50]
                     while "after" not in message.data:  # it was published, and is for all
@@ -525,7 +525,7 @@ async def only_one(count: Callable[[], Awaitable[Any]]) -> Any:
 
 
 async def read(stream: Stream, count: int) -> list[dict[str, Any]]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         return [(await anext(stream)).data for _ in range(count)]
 
 
