@@ -130,7 +130,7 @@ class MemoryLayer(ChannelLayer):
         if not channels:
             raise InvalidChannel((), "follow() takes one channel at least")
         return MemoryFollower(
-            tuple(sorted({check_channel(channel) for channel in channels})),
+            tuple(dict.fromkeys(check_channel(channel) for channel in channels)),
             check_channel(name),
             None if after is None else Position.parse(after),
             log=self.log,

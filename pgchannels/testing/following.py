@@ -68,8 +68,9 @@ class FollowingTests:
         for n in range(9):
             await layer.send("abc"[n % 3], {"n": n})
         await settle(layer)
-        async with layer.follow("a", "c", "a", name="reader", after="0") as batches:
+        async with layer.follow("c", "a", "c", name="reader", after="0") as batches:
             assert numbers(await work(batches, 6)) == [0, 2, 3, 5, 6, 8]
+        assert (await status(layer, "reader")).channels == ("c", "a")
 
     async def test_new_names_begin_now(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
