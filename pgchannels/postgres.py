@@ -8,6 +8,8 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
+import orjson
+
 from pgchannels.channels import check_channel
 from pgchannels.control import COMMAND_LIFETIME
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError
@@ -233,7 +235,8 @@ class PostgresLayer(ChannelLayer):
                 user_id=row["user_id"],
                 connection=row["channel"] if row["presence"] == "connection" else None,
                 connections=row["connections"],
-                metadata=self.serializer.loads(row["metadata"]) if row["metadata"] else None,
+                # Not by the serializer: that is for payloads, and has not written this.
+                metadata=orjson.loads(row["metadata"]) if row["metadata"] else None,
                 joined_at=row["joined_at"],
             )
             for row in rows

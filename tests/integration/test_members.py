@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -179,6 +179,25 @@ class TestManyMembers:
                 received = await asyncio.gather(*receiving)
             assert [(m.channel, m["n"]) for m in received] == [("room", 1)] * 2
             assert (await take(stream, 1))[0].id == received[0].id
+
+
+class Sets:
+    """A serializer that knows sets."""
+
+    def dumps(self, payload: Mapping[str, Any]) -> str:
+        return json.dumps(payload, default=lambda value: {"set": sorted(value)})
+
+    def loads(self, text: str) -> Any:
+        return json.loads(text, object_hook=lambda o: set(o["set"]) if "set" in o else o)
+
+
+async def test_metadata_is_as_it_was_given(database_url: str) -> None:
+    """Whatever serializer there is for payloads: it has not written this."""
+    async with PostgresLayer(database_url, serializer=Sets()) as layer:
+        name = await layer.new_channel(metadata={"colour": {"set": ["red"]}})
+        await layer.group_add("room", name, presence="connection")
+        (present,) = await layer.presence("room")
+        assert present.metadata == {"colour": {"set": ["red"]}}
 
 
 class TestExpiry:
