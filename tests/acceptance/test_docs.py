@@ -25,7 +25,7 @@ from pgchannels import MemoryLayer
 from pgchannels.web import JsonConsumer
 
 # Where an example is wrong, a client waits for what does not come.
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(100)
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -182,7 +182,7 @@ def test_the_example_of_a_test_passes(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=25,
+        timeout=90,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
