@@ -168,7 +168,7 @@ class RevocationTests:
         assert await layer.is_revoked(token_id=text)
         assert not await layer.is_revoked(user_id=text[:-1], token_id=text[:-1])
 
-    async def test_bad_arguments(self, make_layer: MakeLayer) -> None:
+    async def test_bad_revocations(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
         for keep in (timedelta(0), timedelta(days=-1), timedelta(days=10_000)):
             with pytest.raises(ValueError, match="keep"):
@@ -263,7 +263,7 @@ class SharedRateTests:
             found = await asyncio.gather(*(layer.take(key, rate) for key in keys * 2))
             assert [each.allowed for each in found] == [True] * 8 + [False] * 8
 
-    async def test_bad_arguments(self, make_layer: MakeLayer) -> None:
+    async def test_bad_takes(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
         rate = FixedWindow(3, 1)
         for cost in (0, -1, 4, True, 1.5):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from pgchannels.testing.support import MakeLayer, settle, take
 __all__ = ["LimitTests"]
 
 
-async def admitted(attempts: list[Awaitable[Any]]) -> tuple[int, list[Exception]]:
+async def admitted(attempts: Sequence[Awaitable[Any]]) -> tuple[int, list[Exception]]:
     """How many of these concurrent attempts succeeded, and why the others did not."""
     results = await asyncio.gather(*attempts, return_exceptions=True)
     errors = [result for result in results if isinstance(result, Exception)]
@@ -172,7 +172,7 @@ class LimitTests:
         (info,) = await layer.connections(user_id=user)
         assert info.user_id == user
 
-    async def test_bad_arguments(self, make_layer: MakeLayer) -> None:
+    async def test_bad_limits(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
         wrong: Any = {"per_user": 5}
         with pytest.raises(ConfigurationError):

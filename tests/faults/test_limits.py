@@ -142,8 +142,8 @@ class Workers:
         return worker
 
     async def started(self, workers: Iterable[Worker]) -> None:
-        for worker in workers:
-            await eventually(lambda worker=worker: worker.is_there, timeout=PATIENCE)
+        waited_for = list(workers)
+        await eventually(lambda: all(worker.is_there for worker in waited_for), timeout=PATIENCE)
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
@@ -212,7 +212,7 @@ class Places:
             await self._connection.execute(f"select pg_advisory_xact_lock({key})")
             yield
 
-            async def all_wait() -> bool:
+            async def all_wait() -> Any:
                 waiting: int = await self._connection.fetchval(
                     "select count(*) from pg_locks where locktype = 'advisory'"
                     " and classid = 1885823851 and not granted"
@@ -285,7 +285,7 @@ async def _a_crash(workers: Workers, places: Places, racers: list[Worker], victi
     others = [racer for racer in racers[:-1] if not racer.channels]
     await workers.started(racers)
 
-    async def somebody_got_it() -> bool:
+    async def somebody_got_it() -> Any:
         answers = await asyncio.gather(*(racer.connect() for racer in others[:2]))
         return any("channel" in answer for answer in answers)
 
@@ -314,7 +314,7 @@ async def test_one_that_was_paused_has_lost_its_places(workers: Workers, places:
     assert await other.connect() == {"refused": "user"}
     paused.process.send_signal(signal.SIGSTOP)
 
-    async def took_all() -> bool:
+    async def took_all() -> Any:
         await other.connect()
         return len(other.channels) == LIMIT
 
@@ -328,7 +328,7 @@ async def test_one_that_was_paused_has_lost_its_places(workers: Workers, places:
     await other.leave()
     paused.channels.clear()
 
-    async def connected() -> bool:
+    async def connected() -> Any:
         return "channel" in await paused.connect()
 
     await eventually(connected, timeout=PATIENCE)

@@ -310,7 +310,7 @@ class TestLeases:
                 " values ('room', 'somebody', 0)"
             )
 
-        async def is_back() -> bool:
+        async def is_back() -> Any:
             return await other.group_members("hall") == [channel]
 
         await eventually(is_back, timeout=30)
@@ -328,7 +328,7 @@ class TestLeases:
             await layer.new_channel(user_id="u", limits=Limits(per_user=1))
         assert await layers[1].count_connections() == 0
 
-        async def connected() -> bool:
+        async def connected() -> Any:
             try:
                 await layer.new_channel(user_id="u", limits=Limits(per_user=1))
             except DatabaseUnavailable:
@@ -359,7 +359,7 @@ class TestLeases:
         )
         async with PostgresLayer(settings) as layer:
 
-            async def connected() -> bool:
+            async def connected() -> Any:
                 try:
                     await layer.new_channel(
                         user_id="u", limits=Limits(per_user=1, per_node=1, total=1)

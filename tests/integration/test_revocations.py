@@ -57,6 +57,7 @@ async def test_by_the_databases_clock(database_url: str, connection: Connection)
         await layer.revoke(user_id="u", keep=timedelta(seconds=1))
         assert await layer.is_revoked(user_id="u", issued_at=after)
         until = connection.execute("select expires_at from pgchannels.revocations").fetchone()
+        assert isinstance(until, datetime)
         assert until > datetime.now(UTC) + timedelta(hours=23)
 
 
