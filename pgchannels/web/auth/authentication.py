@@ -67,7 +67,7 @@ class Authentication:
             raise ConfigurationError("verify is an async callable, from a token to an Identity")
         self.sources = sources or (HeaderToken(), SubprotocolToken())
         for source in self.sources:
-            if isinstance(source, type) or not hasattr(source, "find"):
+            if isinstance(source, type) or not hasattr(source, "ambient"):
                 raise ConfigurationError(f"{source!r} is not a source of tokens")
         first = [source for source in self.sources if isinstance(source, FirstMessageToken)]
         if len(first) > 1:
