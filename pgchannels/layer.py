@@ -48,6 +48,7 @@ from pgchannels.messages import (
     parse_start,
 )
 from pgchannels.payloads import DEFAULT, Serializer, encode_payload
+from pgchannels.propagation import context_headers
 from pgchannels.rates import Admission, FixedWindow, Rate, TokenBucket, check_cost
 from pgchannels.records import (
     ConnectionInfo,
@@ -824,13 +825,16 @@ def outgoing(
         channel,
         encoded.text,
         lifetime,
-        _encode_headers(headers, own) if headers or own else None,
+        _encode_headers(headers, own, context_headers()),
         encoded.attachments,
         key,
     )
 
 
-def _encode_headers(headers: Mapping[str, str] | None, own: Mapping[str, str]) -> str:
+def _encode_headers(
+    headers: Mapping[str, str] | None, own: Mapping[str, str], context: Mapping[str, str]
+) -> str | None:
+    size = 0
     if headers:
         given: Mapping[Any, Any] = headers  # they may come from anywhere
         for name, value in given.items():
@@ -842,13 +846,22 @@ def _encode_headers(headers: Mapping[str, str] | None, own: Mapping[str, str]) -
             encoded = orjson.dumps(dict(headers))
         except TypeError as error:
             raise InvalidMessage(f"the headers cannot be encoded: {error}") from error
-        if len(encoded) > MAX_HEADERS_SIZE:
+        size = len(encoded)
+        if size > MAX_HEADERS_SIZE:
             raise InvalidMessage(
-                f"the headers have {len(encoded)} bytes; at most {MAX_HEADERS_SIZE} are allowed"
+                f"the headers have {size} bytes; at most {MAX_HEADERS_SIZE} are allowed"
             )
         if b"\\u" in encoded.replace(b"\\\\", b""):
             raise InvalidMessage("headers must not hold control characters")
-    return orjson.dumps({**(headers or {}), **own}).decode()
+    # What was asked for comes first: no message is refused for its context.
+    if context and (
+        size + len(orjson.dumps(context)) > MAX_HEADERS_SIZE
+        or not context.keys().isdisjoint(headers or ())
+    ):
+        context = {}
+    if headers or own or context:
+        return orjson.dumps({**context, **(headers or {}), **own}).decode()
+    return None
 
 
 def _check_key(key: object) -> None:

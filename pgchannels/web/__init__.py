@@ -7,6 +7,7 @@ told of are in :mod:`pgchannels.web.errors`.
 from pgchannels.limits import Limits
 from pgchannels.overflow import Overflow
 from pgchannels.rates import FixedWindow, TokenBucket
+from pgchannels.web.admin import admin_router
 from pgchannels.web.auth import (
     JWT,
     Authentication,
@@ -26,6 +27,7 @@ from pgchannels.web.bytes_consumer import BytesConsumer
 from pgchannels.web.connection import Connection
 from pgchannels.web.connections import ConnectionManager, Shutdown
 from pgchannels.web.consumer import WebSocketConsumer
+from pgchannels.web.error_handlers import exception_handlers, install_error_handlers
 from pgchannels.web.errors import (
     AuthenticationError,
     AuthorizationError,
@@ -38,6 +40,7 @@ from pgchannels.web.errors import (
     TokenExpired,
     ValidationFailed,
 )
+from pgchannels.web.handle import ahandle, handle
 from pgchannels.web.handlers import handles, receives
 from pgchannels.web.history import channels_router
 from pgchannels.web.incoming import Frame
@@ -54,6 +57,7 @@ from pgchannels.web.middleware import (
     outbound,
 )
 from pgchannels.web.statistics import Statistics
+from pgchannels.web.status import status_router
 from pgchannels.web.wire import ConnectionState
 
 __all__ = [
@@ -98,11 +102,17 @@ __all__ = [
     "Validation",
     "ValidationFailed",
     "WebSocketConsumer",
+    "admin_router",
+    "ahandle",
     "channels_router",
+    "exception_handlers",
+    "handle",
     "handles",
     "http_authorize",
     "inbound",
+    "install_error_handlers",
     "lifespan",
     "outbound",
     "receives",
+    "status_router",
 ]

@@ -432,11 +432,11 @@ class Connection(Wire):
             for message in messages:
                 if not stream.reads(message.channel):
                     continue  # it has been left in the meantime
-                passed: Message | None = message
-                if middleware is not None:
-                    passed = await middleware.outbound(self, message)
-                if passed is not None:
-                    await self._deliver(passed)
+                if middleware is None:
+                    await self._deliver(message)
+                elif (passed := await middleware.outbound(self, message)) is not None:
+                    with middleware.delivering(self, passed):
+                        await self._deliver(passed)
 
     # Errors
 

@@ -35,6 +35,7 @@ from pgchannels.web.statistics import Counts, Statistics
 from pgchannels.web.wire import ConnectionState
 
 if TYPE_CHECKING:
+    from fastapi import APIRouter
     from starlette.websockets import WebSocket
 
     from pgchannels.overflow import Overflow
@@ -333,6 +334,26 @@ class ConnectionManager:
         """
         # A little more, so that who is just above it gets an answer.
         return {**self.heartbeat.server_options(), "ws_max_size": 2 * self.max_frame_size}
+
+    # Routers
+
+    def status_router(self, **options: Any) -> APIRouter:
+        """``GET /status`` and health: see :func:`pgchannels.web.status_router`."""
+        from pgchannels.web.status import status_router
+
+        return status_router(self, **options)
+
+    def admin_router(self, *, authorize: Callable[..., Any], **options: Any) -> APIRouter:
+        """For operators: see :func:`pgchannels.web.admin_router`."""
+        from pgchannels.web.admin import admin_router
+
+        return admin_router(self, authorize=authorize, **options)
+
+    def metrics_router(self, **options: Any) -> APIRouter:
+        """``GET /metrics``: see :func:`pgchannels.web.metrics.metrics_router`."""
+        from pgchannels.web.metrics import metrics_router
+
+        return metrics_router(self, **options)
 
     # For connections
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import ExitStack
+=======
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+>>>>>>> 1f441da (Status, health, metrics, tracing, administration; errors answered over HTTP)
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -18,6 +23,8 @@ __all__ = ["Chain", "Middleware", "inbound", "outbound"]
 
 Inbound: TypeAlias = "Callable[[Connection, Frame], Awaitable[Frame | None]]"
 Outbound: TypeAlias = "Callable[[Connection, Message], Awaitable[Message | None]]"
+
+_NOTHING = nullcontext()
 
 
 class Middleware:
@@ -47,6 +54,16 @@ class Middleware:
         exception closes the socket.
         """
         return message
+
+    def delivering(
+        self, connection: Connection, message: Message
+    ) -> AbstractContextManager[object]:
+        """Around what becomes of *message*: a consumer's method handles it, or it is forwarded.
+
+        It has passed :meth:`outbound` by then. The block is left when that is done, by the
+        exception if it fails; an exception of this method's own closes the socket with 1011.
+        """
+        return _NOTHING
 
     def closed(self, connection: Connection) -> None:
         """The socket is gone; nothing of this connection comes after it. It must not raise.
@@ -83,6 +100,11 @@ class Chain(Middleware):
             for link in reversed(self._links)
             if _overrides(link.outbound, Middleware.outbound)
         )
+        self._delivering = tuple(
+            link.delivering
+            for link in self._links
+            if _overrides(link.delivering, Middleware.delivering)
+        )
 
     @property
     def links(self) -> tuple[Middleware, ...]:
@@ -114,6 +136,18 @@ class Chain(Middleware):
                 return None
             message = passed
         return message
+
+    def delivering(
+        self, connection: Connection, message: Message
+    ) -> AbstractContextManager[object]:
+        return self._all_around(connection, message) if self._delivering else _NOTHING
+
+    @contextmanager
+    def _all_around(self, connection: Connection, message: Message) -> Iterator[None]:
+        with ExitStack() as stack:
+            for link in self._delivering:
+                stack.enter_context(link(connection, message))
+            yield
 
     def closed(self, connection: Connection) -> None:
         # All of them, from right to left, even if one fails.
