@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Awaitable, Callable, Collection
-from contextlib import ExitStack
-=======
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
->>>>>>> 1f441da (Status, health, metrics, tracing, administration; errors answered over HTTP)
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, TypeAlias
 
