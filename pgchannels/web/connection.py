@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from pgchannels.web.auth import Action, Authentication, Identity
     from pgchannels.web.connections import ConnectionManager
     from pgchannels.web.incoming import Frame
+    from pgchannels.web.middleware import Middleware
 
 __all__ = ["Connection", "Refused"]
 
@@ -434,9 +435,18 @@ class Connection(Wire):
                     continue  # it has been left in the meantime
                 if middleware is None:
                     await self._deliver(message)
-                elif (passed := await middleware.outbound(self, message)) is not None:
-                    with middleware.delivering(self, passed):
-                        await self._deliver(passed)
+                else:
+                    await self._pass_out(middleware, message)
+
+    async def _pass_out(self, middleware: Middleware, message: Message) -> None:
+        passed = None
+        try:
+            passed = await middleware.outbound(self, message)
+        except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
+            await self._tell_or_raise(error)
+        if passed is not None:
+            with middleware.delivering(self, passed):
+                await self._deliver(passed)
 
     # Errors
 

@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.engine import make_url
 
 from pgchannels import MemoryLayer
-from pgchannels.web import JsonConsumer
+from pgchannels.web import JsonConsumer, SocketError, errors
 
 # Where an example is wrong, a client waits for what does not come.
 pytestmark = pytest.mark.timeout(100)
@@ -139,7 +139,7 @@ def test_what_one_client_sends_another_one_receives(client: TestClient) -> None:
     ],
 )
 def test_its_errors_are_those_of_the_table(client: TestClient, sent: str, code: str) -> None:
-    text = (ROOT / "docs" / "consumers.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     with client.websocket_connect("/rooms/tea?token=ada-token") as ada:
         assert ada.receive_json()["data"]["type"] == "presence.joined"
         ada.send_text(sent)
@@ -148,12 +148,51 @@ def test_its_errors_are_those_of_the_table(client: TestClient, sent: str, code: 
     assert f"| `{code}` |" in text
 
 
+def test_every_code_is_in_the_table() -> None:
+    """Of our own errors, and of those that are described for clients; with their close codes."""
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = {
+        row[0]: row[1:]
+        for row in re.findall(
+            r"^\| `(\w+)` \| (\w+) \| ([\d, ]+) \| ([\w, –]+) \|", text, re.MULTILINE
+        )
+    }
+    kinds, described = [SocketError], [problem for _, problem in errors._KNOWN]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        if kind.__module__.startswith("pgchannels") and kind is not SocketError:
+            described.append(kind.problem)
+    assert len(described) > 20
+    for problem in described:
+        category, statuses, code = rows[problem.code]
+        assert category == problem.category, problem
+        assert str(problem.http_status) in statuses or problem.code == "invalid_message", problem
+        assert code in (str(problem.ws_code) if problem.disconnects else "stays", "–"), problem
+    assert {"too_many_connections", "internal_error", "other_user", "origin"} <= rows.keys()
+
+
 def test_what_is_to_be_awaited_says_so() -> None:
     text = (ROOT / "docs" / "consumers.md").read_text(encoding="utf-8")
     calls = re.findall(r"^\| `(await )?(\w+)\(", text[text.index("To call:") :], re.MULTILINE)
     assert len(calls) >= 9
     for awaited, name in calls:
         assert inspect.iscoroutinefunction(getattr(JsonConsumer, name)) is bool(awaited), name
+
+
+def test_the_functions_of_connections() -> None:
+    names: dict[str, Any] = {"__name__": "app"}
+    source = block("connections.md", "def make_app")
+    exec(compile(source, "docs/connections.md", "exec", dont_inherit=True), names)
+    with TestClient(names["make_app"](MemoryLayer())) as client, ExitStack() as stack:
+        ada, bob = (
+            stack.enter_context(client.websocket_connect(f"/rooms/tea?token={name}-token"))
+            for name in ("ada", "bob")
+        )
+        ada.send_json({"type": "ping"})  # so that both are members
+        assert ada.receive_json() == {"type": "pong"}
+        bob.send_json("hello")
+        said = {"type": "chat.message", "from": "bob", "content": "hello"}
+        assert [socket.receive_json()["data"] for socket in (ada, bob)] == [said, said]
 
 
 def test_the_room_is_closed_by_a_message(room: dict[str, Any]) -> None:

@@ -694,6 +694,8 @@ class Shout(Middleware):
         return frame.replace(content=content.upper()) if isinstance(content, str) else frame
 
     async def outbound(self, connection: Connection, message: Message) -> Message | None:
+        if message.type == "odd":
+            raise SocketError("not for you", code="odd_one")
         return None if message.type == "secret" else message
 
     def closed(self, connection: Connection) -> None:
@@ -709,6 +711,8 @@ class TestMiddleware:
             assert await ask(socket, "hello") == {"got": "HELLO"}
             await socket.send('"drop"')
             assert (await ask(socket, "refuse"))["code"] == "refused_here"
+            await memory.send("room", {"type": "odd"})
+            assert (await answer(socket))["code"] == "odd_one"
             await memory.send("room", {"type": "secret"})
             await memory.send("room", {"type": "open"})
             assert (await answer(socket))["data"] == {"type": "open"}

@@ -44,13 +44,17 @@ async def nothing(*_: Any) -> Any:
 def names() -> dict[str, Any]:
     layer = MemoryLayer()
     scope = {"type": "websocket", "query_string": b"", "headers": [], "path": "/"}
+    websocket = WebSocket(scope, nothing, nothing)
+    connections = web.ConnectionManager(layer)
     return {
         name: getattr(module, name)
         for module in (configuration, memory, orm, web, pgchannels)
         for name in module.__all__
     } | {
         "layer": layer,
-        "self": web.JsonConsumer(WebSocket(scope, nothing, nothing), layer),
+        "connections": connections,
+        "connection": web.Connection(websocket, connections),
+        "self": web.JsonConsumer(websocket, connections),
         "message": Message(1, "a", "{}", datetime.now(UTC), 2, 1),
     }
 
