@@ -331,6 +331,16 @@ def test_millions_of_keys_that_come_once_are_not_kept(rate: Rate) -> None:
     assert most <= 500
 
 
+def test_keys_that_stay_do_not_keep_those_that_are_idle() -> None:
+    limiter = Limiter(TokenBucket(10, 100))
+    for number in range(1000):
+        assert limiter.take(("busy", number), 0, 100).allowed  # for ten seconds
+    for number in range(20_000):
+        limiter.take(number, number * SECOND // 2500)  # 250 at a time are not idle
+    assert len(limiter) <= 2 * 1250 + 10
+    assert not any(limiter.take(("busy", number), 8 * SECOND, 90).allowed for number in range(1000))
+
+
 def test_keys_that_are_not_idle_are_kept_among_others_that_come_and_go() -> None:
     limiter = Limiter(FixedWindow(1, 3600))
     for number in range(1000):
