@@ -340,18 +340,22 @@ class TestWhatIsWrong:
         ],
     )
     async def test_of_a_message_too(self, body: dict[str, Any], status: int, code: str) -> None:
-        async with MemoryLayer(Settings(max_message_size=2000)) as layer:
-            async with client(application(ConnectionManager(layer))) as http:
-                response = await http.post("/admin/messages", json=body)
+        async with (
+            MemoryLayer(Settings(max_message_size=2000)) as layer,
+            client(application(ConnectionManager(layer))) as http,
+        ):
+            response = await http.post("/admin/messages", json=body)
         assert response.status_code == status
         assert response.json()["detail"]["code"] == code
 
     async def test_the_database_is_away(self, database_url: str) -> None:
-        async with TcpProxy.to(database_url) as proxy:
-            layer = PostgresLayer(Settings(database_url=proxy.url, connect_timeout=1))
-            async with layer, client(application(ConnectionManager(layer))) as http:
-                await proxy.refuse()
-                response = await http.get("/admin/connections")
+        async with (
+            TcpProxy(database_url) as proxy,
+            PostgresLayer(proxy.url) as layer,
+            client(application(ConnectionManager(layer))) as http,
+        ):
+            await proxy.cut(refuse=True)
+            response = await http.get("/admin/connections")
         assert response.status_code == 503
         assert response.headers["retry-after"] == "1"
         assert response.json()["detail"]["code"] == "unavailable"
