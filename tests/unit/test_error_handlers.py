@@ -11,7 +11,8 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.testclient import WebSocketDenialResponse
+from starlette.websockets import WebSocket
 
 from pgchannels import (
     ChannelFull,
@@ -161,11 +162,12 @@ class TestOverASocket:
         app = application(AuthorizationError())
         install_error_handlers(app)
         with (
-            pytest.raises(WebSocketDisconnect) as raised,
+            pytest.raises(WebSocketDenialResponse) as raised,
             TestClient(app).websocket_connect("/refused"),
         ):
             pass
-        assert raised.value.code == 3003 or getattr(raised.value, "status_code", None) == 403
+        assert raised.value.status_code == 403
+        assert raised.value.json()["detail"]["code"] == "forbidden"
 
     def test_then_it_is_closed_with_the_code(self) -> None:
         app = application(internal_error())
