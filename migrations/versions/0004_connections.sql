@@ -302,7 +302,9 @@ begin
                         capacities[place]));
                     r.at := moment;
                     allowed := r.tokens >= costs[place];
-                    retry_after := case when allowed then 0 else (costs[place] - r.tokens) / speeds[place] end;
+                    -- up, to what the clock can tell, or whoever waits that long would come too early
+                    retry_after := case when allowed then 0
+                                        else ceil((costs[place] - r.tokens) / speeds[place] * 1000000) / 1000000 end;
                     if allowed then
                         r.tokens := r.tokens - costs[place];
                     end if;

@@ -24,7 +24,15 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
-from pgchannels import ConfigurationError, PostgresLayer, Settings, migrate
+from pgchannels import (
+    Command,
+    ConfigurationError,
+    FixedWindow,
+    Limits,
+    PostgresLayer,
+    Settings,
+    migrate,
+)
 from pgchannels.orm import install, publish
 from pgchannels.pruner import Pruner
 from pgchannels.schema import NEEDED_REVISION
@@ -465,6 +473,22 @@ class TestNode:
             await layer.update_channel(channel, user_id="bob")
             await layer.group_discard("room", channel)
             await layer.delete_channel(channel)
+
+            limits = Limits(per_user=1, per_node=1, total=1)
+            channel = await layer.new_channel("ws", user_id="ann", limits=limits)
+            await layer.group_add("room", channel, limit=1)
+            assert [each.channel for each in await layer.connections()] == [channel]
+            async with layer.commands() as commands:
+                await layer.command(Command("close", channel=channel))
+                await layer.revoke(user_id="ann")
+                assert [(await anext(commands))["action"] for _ in range(2)] == [
+                    "close",
+                    "reauthorize",
+                ]
+            assert await layer.is_revoked(user_id="ann")
+            assert (await layer.take("ann", FixedWindow(1, 60))).allowed
+            await layer.delete_channel(channel)
+            assert await layer.count_connections() == 0
 
             await layer.send("jobs", {"n": 5})
             assert (await layer.receive("jobs", timeout=10))["n"] == 5

@@ -220,7 +220,10 @@ class TestPublishing:
         ours = {"pgchannels.telemetry", "pgchannels.web.tracing", "pgchannels.web.metrics"}
         for imported, others in (
             ("pgchannels, pgchannels.orm", {"opentelemetry", "prometheus_client"}),
-            ("pgchannels.web", {"prometheus_client"}),  # FastAPI loads opentelemetry, if it is there
+            (
+                "pgchannels.web",
+                {"prometheus_client"},
+            ),  # FastAPI loads opentelemetry, if it is there
         ):
             code = f"import sys, {imported}; print(*sys.modules)"
             run = subprocess.run(
