@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from pgchannels.web.auth import Action, Authentication, Identity
     from pgchannels.web.connections import ConnectionManager
     from pgchannels.web.incoming import Frame
-    from pgchannels.web.middleware import Middleware
+    from pgchannels.web.middleware import Chain
 
 __all__ = ["Connection", "Refused"]
 
@@ -424,7 +424,9 @@ class Connection(Wire):
 
     async def _forward_all(self) -> None:
         """Deliver what arrives, until the socket ends."""
-        stream, middleware = self._stream, self.connections.middleware
+        stream, chain = self._stream, self.connections.middleware
+        if chain is not None and not chain.sees_outbound:
+            chain = None
         while True:
             messages = await stream.batch()
             if stream.truncated:
@@ -433,19 +435,19 @@ class Connection(Wire):
             for message in messages:
                 if not stream.reads(message.channel):
                     continue  # it has been left in the meantime
-                if middleware is None:
+                if chain is None:
                     await self._deliver(message)
                 else:
-                    await self._pass_out(middleware, message)
+                    await self._deliver_through(chain, message)
 
-    async def _pass_out(self, middleware: Middleware, message: Message) -> None:
+    async def _deliver_through(self, chain: Chain, message: Message) -> None:
         passed = None
         try:
-            passed = await middleware.outbound(self, message)
+            passed = await chain.outbound(self, message)
         except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
             await self._tell_or_raise(error)
         if passed is not None:
-            with middleware.delivering(self, passed):
+            with chain.delivering(self, passed):
                 await self._deliver(passed)
 
     # Errors

@@ -30,6 +30,7 @@ from pgchannels.web.errors import (
     describe,
 )
 from pgchannels.web.liveness import Heartbeat
+from pgchannels.web.middleware import Chain
 from pgchannels.web.refusal import refusal
 from pgchannels.web.statistics import Counts, Statistics
 from pgchannels.web.wire import ConnectionState
@@ -144,7 +145,7 @@ class ConnectionManager:
         self.origins = origins
         self.authentication = authentication
         self.authorize = authorize
-        self.middleware = middleware
+        self.middleware = None if middleware is None else Chain(middleware)
         self.shutdown = shutdown
         self.is_draining = False
         """Whether this server shuts down, and admits nobody any more."""
@@ -396,17 +397,16 @@ class ConnectionManager:
 
     def exit(self, connection: Connection) -> None:
         """Nothing is left of a connection. One that was not admitted changes nothing."""
+        if self._connections.pop(connection.id, None) is not None:
+            self._counts.add_traffic(connection)
+            self._counts.closed[connection.close_code or 0] += 1
+            if not self._connections:
+                self._empty.set()
+                if self._unwatch is not None:
+                    self._unwatch()
+                    self._unwatch = None
         if self.middleware is not None:
             self.middleware.closed(connection)
-        if self._connections.pop(connection.id, None) is None:
-            return
-        self._counts.add_traffic(connection)
-        self._counts.closed[connection.close_code or 0] += 1
-        if not self._connections:
-            self._empty.set()
-            if self._unwatch is not None:
-                self._unwatch()
-                self._unwatch = None
 
     def note(self, error: Exception, connection: Connection) -> Problem:
         """Count an error, log what is not the client's own, and say what the client may hear."""

@@ -202,7 +202,7 @@ class TestSending:
                 message = await anext(stream)
         assert message.headers == {"by": "ada"}
 
-        async def is_gone() -> bool:
+        async def is_gone() -> Any:
             return not (await memory.layer.history("tea")).messages
 
         await eventually(is_gone)

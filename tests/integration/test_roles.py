@@ -37,6 +37,7 @@ from pgchannels.orm import install, publish
 from pgchannels.pruner import Pruner
 from pgchannels.schema import NEEDED_REVISION
 from pgchannels.store import Session as StoreSession
+from pgchannels.testing.support import listening
 
 Connection = psycopg.Connection[Any]
 MakeRole = Callable[..., str]
@@ -478,13 +479,12 @@ class TestNode:
             channel = await layer.new_channel("ws", user_id="ann", limits=limits)
             await layer.group_add("room", channel, limit=1)
             assert [each.channel for each in await layer.connections()] == [channel]
-            async with layer.commands() as commands:
+            with listening(layer) as heard:
                 await layer.command(Command("close", channel=channel))
                 await layer.revoke(user_id="ann")
-                assert [(await anext(commands))["action"] for _ in range(2)] == [
-                    "close",
-                    "reauthorize",
-                ]
+                async with asyncio.timeout(20):
+                    actions = [(await heard.get()).action for _ in range(2)]
+                assert actions == ["close", "reauthorize"]
             assert await layer.is_revoked(user_id="ann")
             assert (await layer.take("ann", FixedWindow(1, 60))).allowed
             await layer.delete_channel(channel)

@@ -114,7 +114,7 @@ class Chain(Middleware):
     @property
     def sees_outbound(self) -> bool:
         """Whether any of them looks at messages. If not, they need not be handed to it."""
-        return bool(self._outbound)
+        return bool(self._outbound or self._delivering)
 
     async def inbound(self, connection: Connection, frame: Frame) -> Frame | None:
         for link in self._inbound:
