@@ -1,30 +1,19 @@
-"""One socket with a channel of its own: who it is, what it reads, what goes in and out.
-
-Its life is a block of code (:meth:`Connection.life`): the socket is authenticated and admitted
-before the block begins, and however the block ends, the client is told, the socket is closed with a
-code, and nothing of it is left. It is never left open and deaf.
-"""
+"""One socket with a channel of its own: who it is, what it reads, what goes in and out."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from starlette.exceptions import HTTPException, WebSocketException
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from pgchannels.errors import (
-    ChannelLayerClosed,
-    DatabaseUnavailable,
-    InvalidMessage,
-    UnknownPosition,
-)
+from pgchannels.errors import ChannelLayerClosed, DatabaseUnavailable
 from pgchannels.messages import Position
 from pgchannels.web.codes import ABNORMAL
 from pgchannels.web.errors import (
@@ -35,10 +24,10 @@ from pgchannels.web.errors import (
     Problem,
     SocketError,
     TooManyChannels,
-    describe,
 )
 from pgchannels.web.frames import unwrapped
-from pgchannels.web.wire import CLOSING_TIME, Wire
+from pgchannels.web.life import Life
+from pgchannels.web.wire import CLOSING_TIME
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,20 +41,12 @@ if TYPE_CHECKING:
     from pgchannels.web.incoming import Frame
     from pgchannels.web.middleware import Chain
 
-__all__ = ["Connection", "Refused"]
+__all__ = ["Connection"]
 
 logger = logging.getLogger("pgchannels.web")
 
 
-class Refused(Exception):
-    """A socket was not accepted, for this reason. The client is still to be told."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        super().__init__(problem.code)
-
-
-class Connection(Wire):
+class Connection(Life):
     """One socket, as an endpoint has it inside of ``async with connections.connect(socket)``.
 
     Iterating gives what the client sends, parsed as JSON, until it is gone. What arrives for the
@@ -95,7 +76,6 @@ class Connection(Wire):
         self.connected_at = datetime.now(UTC)
         self._stream: Stream
         self._groups: set[str] = set()
-        self._failed_by: Exception | None = None
 
     # What it is
 
@@ -450,42 +430,15 @@ class Connection(Wire):
             with chain.delivering(self, passed):
                 await self._deliver(passed)
 
-    # Errors
-
-    async def _guarded(self, handler: Awaitable[None]) -> Problem | None:
-        """Tell the client of an error that is its own, and say what it was."""
-        try:
-            await handler
-        except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
-            return await self._tell_or_raise(error)
-        return None
-
-    async def _tell_or_raise(self, error: Exception) -> Problem:
-        problem = describe(error)
-        # Before it is accepted, there is a better answer than a socket that is then closed.
-        is_early = self.websocket.application_state is WebSocketState.CONNECTING
-        if problem.disconnects or (is_early and isinstance(error, SocketError)):
-            raise error
-        if isinstance(error, InvalidMessage):
-            # What is wrong with it may be what the client sent, or what was made of it here. No
-            # warning: a client could fill the log with them.
-            logger.info("%s answers with an error", type(self).__name__, exc_info=error)
-        await self._tell(error)
-        return problem
-
-    async def _tell(self, error: Exception) -> None:
-        await self._send_error(self.connections.note(error, self))
-
     # Its life
 
-    @asynccontextmanager
-    async def life(
+    def life(
         self,
         identity: Identity | None = None,
         user_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
-    ) -> AsyncIterator[None]:
-        """Serve the socket in this block, and close it after.
+    ) -> AbstractAsyncContextManager[None]:
+        """Serve the socket in a block, and close it after. It is not accepted yet.
 
         Args:
             identity: who it is, if that is known already.
@@ -496,26 +449,7 @@ class Connection(Wire):
             Refused: the socket was not accepted.
             Exception: what nobody expected, as it is. The client and the log have its id.
         """
-        code = ABNORMAL
-        raised: Exception | None = None
-        try:
-            problem = await self._guarded(self._admit(identity, user_id, metadata))
-            if problem is not None:
-                raise _Told(problem)
-            overflow = self.connections.overflow
-            async with self.layer.subscribe(member=self.channel_name, overflow=overflow) as stream:
-                self._stream = stream
-                self.connections.enter(self)
-                async with self._tasks.running():
-                    self._watch()
-                    yield
-            code = self._gone or self._asked_to_close or self._tasks.code
-        except Exception as error:  # noqa: BLE001 - raised again, if it was not expected
-            code, raised = self._ended_by(error)
-        finally:
-            await self._finish(code, is_refused=isinstance(raised, Refused))
-        if raised is not None:
-            raise raised
+        return self._live(self._admit(identity, user_id, metadata))
 
     async def _admit(
         self,
@@ -554,50 +488,21 @@ class Connection(Wire):
             raise FrameTooLarge(disconnect=True)
         return await authentication.first_message(frame.raw)
 
-    def _ended_by(self, error: Exception) -> tuple[int, Exception | None]:
-        """What to close the socket with because of *error*, and what is then to be raised."""
-        is_early = self.websocket.application_state is WebSocketState.CONNECTING
-        if isinstance(error, _Told):
-            return error.problem.ws_code, None
-        if isinstance(error, WebSocketDisconnect):
-            self._gone = self._gone or error.code
-            return self._gone, None
-        if self._asked_to_close is not None:
-            # Once it has been closed, sending to it fails as it should.
-            return self._asked_to_close, None
-        if isinstance(error, WebSocketException):
-            self._part(error.reason, None)
-            return error.code, None
-        if isinstance(error, HTTPException) and is_early:
-            return ABNORMAL, error  # whoever serves the application answers it
-        if isinstance(error, UnknownPosition):
-            # Of a call, the client would have been told: this is of a log that was rewritten.
-            error = ChannelLayerClosed()
-        problem = self.connections.note(error, self)
-        if is_early:
-            refused = Refused(problem)
-            refused.__cause__ = error
-            return problem.ws_code, refused
-        self._part(problem.code, problem.response().encode())
-        if problem.error_id is not None:
-            self._failed_by = error
-        return problem.ws_code, self._failed_by
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[None]:
+        overflow = self.connections.overflow
+        async with self.layer.subscribe(member=self.channel_name, overflow=overflow) as stream:
+            self._stream = stream
+            self.connections.enter(self)
+            yield
 
-    async def _finish(self, code: int, *, is_refused: bool) -> None:
-        try:
-            # Who is refused is told by whoever has asked for the socket.
-            await self._take_leave(ABNORMAL if is_refused else code)
-        finally:
-            self.close_code = code
-            try:
-                await self._left(code)
-            finally:
-                if self.channel_name:
-                    await self._delete_channel()
-                self.connections.exit(self)
+    def _note(self, error: Exception) -> Problem:
+        return self.connections.note(error, self)
 
-    async def _left(self, code: int) -> None:
-        """The socket is closed, and its memberships are about to end."""
+    async def _let_go(self) -> None:
+        if self.channel_name:
+            await self._delete_channel()
+        self.connections.exit(self)
 
     async def _delete_channel(self) -> None:
         """Also ends the memberships. No error of this may hide another one."""
@@ -612,11 +517,3 @@ class Connection(Wire):
                 logger.exception("%s could not be removed", self.channel_name)
         if limit.cancelled_caught:
             logger.warning("%s could not be removed in time", self.channel_name)
-
-
-class _Told(Exception):
-    """The client has been told already."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        super().__init__(problem.code)

@@ -20,7 +20,7 @@ from pgchannels.layer import ChannelLayer
 from pgchannels.limits import Limits
 from pgchannels.web.auth import is_allowed
 from pgchannels.web.codes import NORMAL, SERVICE_RESTART
-from pgchannels.web.connection import Connection, Refused
+from pgchannels.web.connection import Connection
 from pgchannels.web.errors import (
     AuthenticationError,
     Draining,
@@ -29,6 +29,7 @@ from pgchannels.web.errors import (
     SocketError,
     describe,
 )
+from pgchannels.web.life import Refused
 from pgchannels.web.liveness import Heartbeat
 from pgchannels.web.middleware import Chain
 from pgchannels.web.refusal import refusal

@@ -19,10 +19,11 @@ from starlette.websockets import WebSocket
 from pgchannels.errors import ConfigurationError
 from pgchannels.messages import FRAME
 from pgchannels.web.annotations import defining_namespace, parameters
-from pgchannels.web.connection import Connection, Refused
+from pgchannels.web.connection import Connection
 from pgchannels.web.connections import ConnectionManager
 from pgchannels.web.endpoint import make_endpoint
 from pgchannels.web.handlers import EventHandlers, Handler, find_events, find_receivers
+from pgchannels.web.life import Refused
 from pgchannels.web.refusal import refuse
 from pgchannels.web.validation import problems
 from pgchannels.web.wire import CLOSING_TIME

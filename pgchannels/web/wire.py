@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from enum import Enum
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -124,13 +124,11 @@ class Wire:
 
     async def send_text(self, text: str) -> None:
         """Send a text frame, past the log."""
-        await self._sending(self.websocket.send_text(text))
-        self.bytes_out += len(text)  # characters: nearly the same, and not encoded once more
+        await self._send("text", text)
 
     async def send_bytes(self, data: bytes) -> None:
         """Send a binary frame, past the log."""
-        await self._sending(self.websocket.send_bytes(data))
-        self.bytes_out += len(data)
+        await self._send("bytes", data)
 
     async def send_json(self, content: Any) -> None:
         """Send *content*, which may be or hold pydantic models, as a text frame."""
@@ -153,14 +151,16 @@ class Wire:
         else:
             await self.send_bytes(frame)
 
-    async def _sending(self, sending: Awaitable[None]) -> None:
-        liveness = self._liveness
-        liveness.sending(self._loop.time())
+    async def _send(self, kind: Literal["text", "bytes"], data: str | bytes) -> None:
+        liveness, time = self._liveness, self._loop.time
+        liveness.sending(time())
         try:
-            await sending
+            # As send_text() and send_bytes() of Starlette's do it, one call less on a hot path.
+            await self.websocket.send({"type": "websocket.send", kind: data})
         finally:
-            liveness.sent(self._loop.time())
+            liveness.sent(time())
         self.messages_out += 1
+        self.bytes_out += len(data)  # of a text, characters: it is not encoded once more for this
 
     async def _next_frame(self) -> Frame:
         """What the client sends. Ends as an iterator does when it is gone."""

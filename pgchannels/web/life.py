@@ -1,0 +1,156 @@
+"""How a socket is served from its beginning to its end, whatever comes in between.
+
+Its life is a block of code: it is admitted before the block begins, and however the block ends, the
+client is told, the socket is closed with a code, and nothing of it is left. It is never left open
+and deaf. Who serves it says, in a subclass, what admitting and letting go are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from starlette.exceptions import HTTPException, WebSocketException
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from pgchannels.errors import ChannelLayerClosed, InvalidMessage, UnknownPosition
+from pgchannels.web.codes import ABNORMAL
+from pgchannels.web.errors import Problem, SocketError, describe
+from pgchannels.web.liveness import Heartbeat
+from pgchannels.web.wire import Wire
+
+__all__ = ["Life", "Refused"]
+
+logger = logging.getLogger("pgchannels.web")
+
+
+class Refused(Exception):
+    """A socket was not accepted, for this reason. The client is still to be told."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        super().__init__(problem.code)
+
+
+class Life(Wire):
+    """A socket that is served. See :class:`Wire` for the arguments."""
+
+    def __init__(
+        self, websocket: WebSocket, heartbeat: Heartbeat, send_timeout: float | None
+    ) -> None:
+        super().__init__(websocket, heartbeat, send_timeout)
+        self._failed_by: Exception | None = None
+        """What nobody expected, if that has been its end."""
+
+    # For a subclass to say
+
+    def _reading(self) -> AbstractAsyncContextManager[None]:
+        """A block in which it is there for others, and others for it."""
+        raise NotImplementedError
+
+    def _note(self, error: Exception) -> Problem:
+        """Count and log an error, and say what a client may hear of it."""
+        raise NotImplementedError
+
+    async def _left(self, code: int) -> None:
+        """The socket is closed. Called once, whether it was admitted or not."""
+
+    async def _let_go(self) -> None:
+        """Leave nothing behind. Called once, at last."""
+        raise NotImplementedError
+
+    # From its beginning to its end
+
+    @asynccontextmanager
+    async def _live(self, admitting: Awaitable[None]) -> AsyncIterator[None]:
+        code = ABNORMAL
+        raised: Exception | None = None
+        try:
+            problem = await self._guarded(admitting)
+            if problem is not None:
+                raise _Told(problem)
+            async with self._reading(), self._tasks.running():
+                self._watch()
+                yield
+            code = self._gone or self._asked_to_close or self._tasks.code
+        except Exception as error:  # noqa: BLE001 - raised again, if it was not expected
+            code, raised = self._ended_by(error)
+        finally:
+            await self._finish(code, is_refused=isinstance(raised, Refused))
+        if raised is not None:
+            raise raised
+
+    def _ended_by(self, error: Exception) -> tuple[int, Exception | None]:
+        """What to close the socket with because of *error*, and what is then to be raised."""
+        is_early = self.websocket.application_state is WebSocketState.CONNECTING
+        if isinstance(error, _Told):
+            return error.problem.ws_code, None
+        if isinstance(error, WebSocketDisconnect):
+            self._gone = self._gone or error.code
+            return self._gone, None
+        if self._asked_to_close is not None:
+            # Once it has been closed, sending to it fails as it should.
+            return self._asked_to_close, None
+        if isinstance(error, WebSocketException):
+            self._part(error.reason, None)
+            return error.code, None
+        if isinstance(error, HTTPException) and is_early:
+            return ABNORMAL, error  # whoever serves the application answers it
+        if isinstance(error, UnknownPosition):
+            # Of a call, the client would have been told: this is of a log that was rewritten.
+            error = ChannelLayerClosed()
+        problem = self._note(error)
+        if is_early:
+            refused = Refused(problem)
+            refused.__cause__ = error
+            return problem.ws_code, refused
+        self._part(problem.code, problem.response().encode())
+        if problem.error_id is not None:
+            self._failed_by = error
+        return problem.ws_code, self._failed_by
+
+    async def _finish(self, code: int, *, is_refused: bool) -> None:
+        try:
+            # Who is refused is told by whoever has asked for the socket.
+            await self._take_leave(ABNORMAL if is_refused else code)
+        finally:
+            self.close_code = code
+            try:
+                await self._left(code)
+            finally:
+                await self._let_go()
+
+    # Errors that do not end it
+
+    async def _guarded(self, doing: Awaitable[None]) -> Problem | None:
+        """Tell the client of an error that is its own, and say what it was."""
+        try:
+            await doing
+        except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
+            return await self._tell_or_raise(error)
+        return None
+
+    async def _tell_or_raise(self, error: Exception) -> Problem:
+        problem = describe(error)
+        # Before it is accepted, there is a better answer than a socket that is then closed.
+        is_early = self.websocket.application_state is WebSocketState.CONNECTING
+        if problem.disconnects or (is_early and isinstance(error, SocketError)):
+            raise error
+        if isinstance(error, InvalidMessage):
+            # What is wrong with it may be what the client sent, or what was made of it here. No
+            # warning: a client could fill the log with them.
+            logger.info("%s answers with an error", type(self).__name__, exc_info=error)
+        await self._tell(error)
+        return problem
+
+    async def _tell(self, error: Exception) -> None:
+        await self._send_error(self._note(error))
+
+
+class _Told(Exception):
+    """The client has been told already."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        super().__init__(problem.code)
