@@ -22,7 +22,7 @@ demo: $(DEMO) ## run the demo, with a PostgreSQL of its own (ARGS="..." for opti
 	@exec $(BIN)/pgchannels demo $(ARGS)
 
 # What is the same on any server is not run again on the oldest one.
-SAME := $(addprefix --ignore=tests/integration/test_,cli.py consumers.py demo.py embedded.py \
+SAME := $(addprefix --ignore=tests/integration/test_,auth_web.py cli.py consumers.py demo.py embedded.py \
     hostile.py packaging.py publishes_models.py publishing_examples.py web.py)
 
 test: $(DEV) ## the tests on PostgreSQL 18, then those that need one on PostgreSQL 16

@@ -212,6 +212,7 @@ class TestConfiguration:
             (SECRET, {"algorithms": ["HS256", "none"]}),
             (SECRET, {"algorithms": ["HS1"]}),
             (public_pem(rsa_key()), {"algorithms": ["HS256", "RS256"]}),
+            ({"a": SECRET, "b": public_pem(rsa_key())}, {"algorithms": ["HS256", "RS256"]}),
             (public_pem(rsa_key()), {"algorithms": ["HS256"]}),
             (private_pem(rsa_key()), {"algorithms": ["HS256"]}),
             (public_pem(rsa_key()).encode(), {"algorithms": ["HS256"]}),
