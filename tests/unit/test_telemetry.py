@@ -223,7 +223,7 @@ class TestPublishing:
             (
                 "pgchannels.web",
                 {"prometheus_client"},
-            ),  # FastAPI loads opentelemetry, if it is there
+            ),  # FastAPI loads the other one
         ):
             code = f"import sys, {imported}; print(*sys.modules)"
             run = subprocess.run(
