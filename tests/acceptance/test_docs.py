@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import psycopg
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy.engine import make_url
 
 from pgchannels import MemoryLayer
-from pgchannels.web import JsonConsumer, SocketError, errors
+from pgchannels.telemetry import uninstrument
+from pgchannels.web import JsonConsumer, SocketError, errors, lifespan
 
 # Where an example is wrong, a client waits for what does not come.
 pytestmark = pytest.mark.timeout(100)
@@ -316,3 +318,70 @@ def test_the_sql_of_the_page_fits_its_models(database_url: str) -> None:
         connection.execute(script.encode())
         placed = connection.execute("select customer_id, status, total from orders").fetchall()
     assert placed == [(42, "new", Decimal("9.90"))]
+
+
+# The observed application of docs/observing.md
+
+
+@pytest.fixture
+def observed() -> Iterator[TestClient]:
+    names: dict[str, Any] = {"__name__": "observed"}
+    source = block("observing.md", "def make_app")
+    exec(compile(source, "docs/observing.md", "exec", dont_inherit=True), names)
+    try:
+        with TestClient(names["make_app"](MemoryLayer())) as client:
+            yield client
+    finally:
+        uninstrument()
+
+
+def test_operators_see_what_clients_do(observed: TestClient) -> None:
+    operator = {"authorization": "Bearer ada-token"}
+    with observed.websocket_connect("/rooms/tea") as socket:
+        socket.send_json("hello")
+        assert socket.receive_json()["data"]["text"] == "hello"
+        status = observed.get("/status?cluster=true", headers=operator).json()
+        assert (status["connections"], status["cluster"]["connections"]) == (1, 1)
+        metrics = observed.get("/metrics", headers=operator).text
+        assert "pgchannels_connections 1.0" in metrics.splitlines()
+        (found,) = observed.get("/admin/connections", headers=operator).json()["connections"]
+        one = observed.get(f"/admin/connections/{found['id']}", headers=operator).json()
+        assert one["local"]["groups"] == ["room:tea"]
+        body = {"everyone": True, "code": 4001}
+        observed.post("/admin/disconnections", headers=operator, json=body).raise_for_status()
+        assert socket.receive()["code"] == 4001
+
+
+@pytest.mark.parametrize("path", ["/status", "/metrics", "/admin/connections"])
+def test_nobody_else_does(observed: TestClient, path: str) -> None:
+    assert observed.get(path).status_code == 401
+    assert observed.get(path, headers={"authorization": "Bearer guessed"}).status_code == 401
+    assert observed.get("/health/live").status_code == 200
+    assert observed.get("/health/ready").json() == {"status": "ready", "problems": []}
+
+
+def test_the_tables_of_the_page_name_what_there_is(observed: TestClient) -> None:
+    text = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
+    operator = {"authorization": "Bearer ada-token"}
+    scraped = observed.get("/metrics", headers=operator).text
+    families = re.findall(r"^# TYPE (\S+) \w+$", scraped, re.MULTILINE)
+    assert families
+    assert [name for name in families if f"`{name}`" not in text] == []
+    status = observed.get("/status", headers=operator).json()
+    assert [name for name in status if f"`{name}`" not in text] == []
+    paths = [route.path for route in observed.app.routes if route.path.startswith("/admin")]  # type: ignore[attr-defined]
+    assert [p for p in paths if p.removeprefix("/admin").replace(":path", "") not in text] == []
+
+
+def test_an_order_is_refused_by_its_handler() -> None:
+    names: dict[str, Any] = {"__name__": "orders"}
+    source = block("observing.md", "class InvalidOrder")
+    exec(compile(source, "docs/observing.md", "exec", dont_inherit=True), names)
+    layer = MemoryLayer()
+    app = FastAPI(lifespan=lifespan(layer))
+    app.add_api_websocket_route("/ws", names["Orders"].as_endpoint(layer))
+    with TestClient(app) as client, client.websocket_connect("/ws") as socket:
+        socket.send_json({"type": "order.place", "article": "coffee"})
+        assert socket.receive_json() == {"type": "order.refused", "why": "there is tea only"}
+        socket.send_json({"type": "order.place", "article": "tea"})
+        assert socket.receive_json() == {"type": "order.placed"}
