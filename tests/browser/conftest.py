@@ -1,4 +1,4 @@
-"""Fixtures for tests with a real browser: the demo, and tabs that watch their own console."""
+"""Fixtures for tests with a real browser: the demo, the examples, tabs that watch their console."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from pgchannels.embedded import EmbeddedPostgres
 from tests.support.demo import RunningDemo, running_demo
+from tests.support.examples import Server
 from tests.support.processes import Processes
 from tests.support.servers import server_directory
 
@@ -31,6 +32,7 @@ ARGUMENTS = [
 LOST = re.compile(r"net::ERR_(CONNECTION|EMPTY_RESPONSE|SOCKET)|WebSocket connection to .* failed")
 
 OpenTab = Callable[..., "Tab"]
+OpenPage = Callable[..., Page]
 
 
 class Tab:
@@ -148,3 +150,46 @@ def open_tab(browser: Browser, demo: RunningDemo) -> Iterator[OpenTab]:
     if "was killed" in demo.output():
         complaints = [text for text in complaints if not LOST.search(text)]
     assert not complaints
+
+
+@pytest.fixture
+def server(
+    request: pytest.FixtureRequest, processes: Processes, database_url: str
+) -> Iterator[Server]:
+    """The example that the module names by ``EXAMPLE``, on PostgreSQL.
+
+    A test may give the environment: ``@pytest.mark.parametrize("server", [{…}], indirect=True)``.
+    """
+    env = {"PGCHANNELS_DATABASE_URL": database_url, **getattr(request, "param", {})}
+    yield Server(processes, request.module.EXAMPLE, env)
+    processes.end_all()  # before the database is dropped
+
+
+@pytest.fixture
+def open_page(browser: Browser, server: Server) -> Iterator[OpenPage]:
+    """Opens the example's page, each time as on another machine. None may have complained.
+
+    A page may complain of a server that was killed, and of what the test says that it *expects*.
+    """
+    contexts: list[BrowserContext] = []
+    tabs: list[Tab] = []
+    allowed: list[str] = []
+
+    def open_page(*, clock: bool = False, expect: str = "") -> Page:
+        contexts.append(browser.new_context())
+        tab = Tab(contexts[-1])
+        tabs.append(tab)
+        if expect:
+            allowed.append(expect)
+        if clock:
+            tab.page.clock.install()
+        tab.page.goto(server.url)
+        return tab.page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    complaints = [text for tab in tabs for text in tab.complaints]
+    if server.was_killed:
+        complaints = [text for text in complaints if not LOST.search(text)]
+    assert not [text for text in complaints if not any(each in text for each in allowed)]
