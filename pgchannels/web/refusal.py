@@ -1,7 +1,7 @@
-"""Sockets that are not accepted: the client gets an HTTP response that says why.
+"""What is refused is answered by an HTTP response that says why: requests, and sockets too.
 
-By the denial response of ASGI, where the server has that extension (uvicorn and hypercorn do); by
-others the socket is closed before it is accepted, which is HTTP 403 (ASGI specification,
+Sockets by the denial response of ASGI, where the server has that extension (uvicorn and hypercorn
+do); by others the socket is closed before it is accepted, which is HTTP 403 (ASGI specification,
 ``websocket.http.response`` and ``websocket.close``).
 """
 
@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.responses import JSONResponse
 
 if TYPE_CHECKING:
+    from starlette.requests import HTTPConnection
     from starlette.websockets import WebSocket
 
     from pgchannels.web.errors import Problem
@@ -22,6 +23,12 @@ __all__ = ["body", "headers", "refusal", "refuse"]
 
 _EXTENSION = "websocket.http.response"
 
+# RFC 6750, section 3: no error where no token was given.
+_CHALLENGES = {
+    "unauthenticated": "Bearer",
+    "token_expired": 'Bearer error="invalid_token", error_description="the token has expired"',
+}
+
 
 def body(problem: Problem) -> dict[str, Any]:
     """``{"detail": …}``, where FastAPI has it too."""
@@ -29,26 +36,33 @@ def body(problem: Problem) -> dict[str, Any]:
 
 
 def headers(problem: Problem) -> dict[str, str]:
-    """``Retry-After``, in whole seconds (RFC 9110, section 10.2.3), and for 401 what is wanted."""
+    """``Retry-After``, in whole seconds (RFC 9110, section 10.2.3), and for 401 a challenge."""
     found = {}
     if problem.retry_after is not None:
         found["Retry-After"] = str(max(1, math.ceil(problem.retry_after)))
     if problem.http_status == 401:
-        found["WWW-Authenticate"] = "Bearer"
+        found["WWW-Authenticate"] = _CHALLENGES.get(problem.code, 'Bearer error="invalid_token"')
     return found
 
 
-def refusal(websocket: WebSocket, problem: Problem) -> HTTPException | WebSocketException:
-    """What to raise in an endpoint, so that whoever serves the application refuses the socket."""
-    if _EXTENSION in websocket.scope.get("extensions", {}):
+def refusal(connection: HTTPConnection, problem: Problem) -> HTTPException | WebSocketException:
+    """What to raise in an endpoint or a dependency, so that FastAPI refuses the request or socket.
+
+    Nothing after it is run then.
+    """
+    if connection.scope["type"] != "websocket" or _can_respond(connection):
         return HTTPException(problem.http_status, body(problem)["detail"], headers(problem))
     return WebSocketException(problem.ws_code, problem.code)
 
 
 async def refuse(websocket: WebSocket, problem: Problem) -> None:
     """Refuse the socket here and now."""
-    if _EXTENSION in websocket.scope.get("extensions", {}):
+    if _can_respond(websocket):
         response = JSONResponse(body(problem), problem.http_status, headers(problem))
         await websocket.send_denial_response(response)
     else:
         await websocket.close(problem.ws_code, problem.code)
+
+
+def _can_respond(connection: HTTPConnection) -> bool:
+    return _EXTENSION in (connection.scope.get("extensions") or {})

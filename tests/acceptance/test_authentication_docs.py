@@ -81,7 +81,13 @@ def test_the_codes_are_those_of_the_table() -> None:
         for source in sources
         for code in re.findall(r'\bcode="(\w+)"', source.read_text(encoding="utf-8"))
     }
-    assert {"invalid_token", "token_expired", "revoked", "other_user", "origin"} <= used & listed
+    assert {
+        "invalid_token",
+        "token_expired",
+        "token_revoked",
+        "other_user",
+        "origin",
+    } <= used & listed
 
 
 async def test_the_policies_decide(database_url: str) -> None:

@@ -108,7 +108,7 @@ class TestHandshake:
         ):
             with pytest.raises(AuthenticationError) as caught:
                 await asked
-            assert caught.value.code == "revoked"
+            assert caught.value.code == "token_revoked"
 
     async def test_a_verifier_of_ones_own(self) -> None:
         async def verify(given: str) -> Identity:

@@ -13,7 +13,6 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from pgchannels.errors import ConfigurationError
 from pgchannels.web.auth.identity import Identity
 from pgchannels.web.auth.origins import Origins
-from pgchannels.web.auth.refusals import refusal
 from pgchannels.web.auth.sources import (
     FirstMessageToken,
     HeaderToken,
@@ -22,6 +21,7 @@ from pgchannels.web.auth.sources import (
     check_token,
 )
 from pgchannels.web.errors import AuthenticationError, SocketError
+from pgchannels.web.refusal import refusal
 
 __all__ = ["Authentication", "Verify"]
 
@@ -176,7 +176,7 @@ class Authentication:
                 if identity is None and not optional:
                     raise AuthenticationError
             except SocketError as error:
-                failure = refusal(error, connection)
+                failure = refusal(connection, error.describe())
             else:
                 return identity
             raise failure
@@ -208,7 +208,7 @@ class Authentication:
         if not isinstance(identity, Identity):
             raise ConfigurationError(f"verify gave {type(identity).__name__}, not an Identity")
         if self._revoked is not None and await self._revoked(identity):
-            raise AuthenticationError("the token has been revoked", code="revoked")
+            raise AuthenticationError("the token has been revoked", code="token_revoked")
         return identity
 
 

@@ -15,8 +15,8 @@ from starlette.requests import HTTPConnection
 from pgchannels.channels import MAX_CHANNEL_LENGTH, check_channel
 from pgchannels.errors import ConfigurationError, InvalidChannel
 from pgchannels.web.auth.identity import Identity
-from pgchannels.web.auth.refusals import refusal
 from pgchannels.web.errors import AuthorizationError, SocketError
+from pgchannels.web.refusal import refusal
 
 __all__ = [
     "ACTIONS",
@@ -181,7 +181,7 @@ def http_authorize(
         try:
             return await is_allowed(authorize, who, action, channel)
         except SocketError as error:
-            failure = refusal(error, connection)
+            failure = refusal(connection, error.describe())
         raise failure
 
     return allowed

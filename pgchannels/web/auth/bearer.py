@@ -8,9 +8,9 @@ from fastapi.openapi.models import OAuthFlows
 from fastapi.security import OAuth2
 from starlette.requests import HTTPConnection
 
-from pgchannels.web.auth.refusals import refusal
 from pgchannels.web.auth.sources import HeaderToken
 from pgchannels.web.errors import AuthenticationError, SocketError
+from pgchannels.web.refusal import refusal
 
 __all__ = ["OAuth2Bearer"]
 
@@ -67,4 +67,4 @@ class OAuth2Bearer(OAuth2):
             if token is not None or not self.auto_error:
                 return token
             failure = AuthenticationError()
-        raise refusal(failure, request)
+        raise refusal(request, failure.describe())
