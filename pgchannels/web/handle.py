@@ -10,7 +10,7 @@ from inspect import (
     iscoroutinefunction,
     isgeneratorfunction,
 )
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar, overload
 
 from pgchannels.errors import ConfigurationError
 from pgchannels.web.connection import Connection
@@ -66,9 +66,21 @@ def handle(
     return decorate
 
 
+@overload
 def ahandle(
-    exceptions: Kinds, handler: Callable[[Any], Awaitable[H] | H]
-) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Coroutine[Any, Any, R | H]]]:
+    exceptions: Kinds, handler: Callable[[Any], Coroutine[Any, Any, H]]
+) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Coroutine[Any, Any, R | H]]]: ...
+
+
+@overload
+def ahandle(
+    exceptions: Kinds, handler: Callable[[Any], H]
+) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Coroutine[Any, Any, R | H]]]: ...
+
+
+def ahandle(
+    exceptions: Kinds, handler: Callable[[Any], Any]
+) -> Callable[[Callable[P, Awaitable[Any]]], Callable[P, Coroutine[Any, Any, Any]]]:
     """Have *handler* handle what a coroutine function raises. As :func:`handle`.
 
     ::
@@ -95,13 +107,13 @@ def ahandle(
     """
     kinds = _checked(exceptions, handler)
 
-    def decorate(function: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R | H]]:
+    def decorate(function: Callable[P, Awaitable[Any]]) -> Callable[P, Coroutine[Any, Any, Any]]:
         if not iscoroutinefunction(function):
             _check_no_generator(function)
             raise ConfigurationError(f"{function!r} is no coroutine function; use handle()")
 
         @wraps(function)
-        async def handled(*args: P.args, **kwargs: P.kwargs) -> R | H:
+        async def handled(*args: P.args, **kwargs: P.kwargs) -> Any:
             try:
                 return await function(*args, **kwargs)
             except kinds as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -131,12 +132,12 @@ class TestConnections:
         async with TcpProxy(database_url) as proxy, PostgresLayer(proxy.url) as layer:
             app = application(ConnectionManager(layer))
 
-            async def listening(value: int) -> bool:
+            async def listening(value: int) -> Any:
                 return (await scrape(app))["pgchannels_listening"] == value
 
-            await eventually(lambda: listening(1), timeout=30)
+            await eventually(partial(listening, 1), timeout=30)
             await proxy.cut(refuse=True)
-            await eventually(lambda: listening(0), timeout=30)
+            await eventually(partial(listening, 0), timeout=30)
 
 
 class TestLabels:
@@ -168,7 +169,8 @@ class TestRouter:
             accept = {"accept": "application/openmetrics-text; version=1.0.0"}
             response = await http.get("/metrics", headers=accept)
         assert response.headers["content-type"].startswith("application/openmetrics-text")
-        found = samples(parse_openmetrics(response.text))
+        families = parse_openmetrics(response.text)  # type: ignore[no-untyped-call]
+        found = samples(families)
         assert found["pgchannels_connections_opened_total"] == 0
 
     async def test_a_registry_of_ones_own(self, connections: ConnectionManager) -> None:
@@ -199,13 +201,13 @@ class TestFollowers:
                     await layer.send("orders", {"n": n})
                 assert (await layer.followers())[0].name == "billing"
 
-                async def lag() -> dict[str, float] | None:
+                async def lag() -> Any:
                     # A new router each time: one asks every ten seconds.
                     found = await scrape(application(ConnectionManager(layer), followers=True))
                     key = 'pgchannels_follower_lag_messages{follower="billing"}'
                     return found if found.get(key) == 3 else None
 
-                found = await eventually(lag)
+                found: dict[str, float] = await eventually(lag)
                 assert found['pgchannels_follower_active{follower="billing"}'] == 1
             plain = await scrape(application(ConnectionManager(layer)))
         assert not any("follower" in key for key in plain)

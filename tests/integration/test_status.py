@@ -171,7 +171,7 @@ class TestReady:
             assert "the database does not answer" in caplog.text
             proxy.resume()
 
-            async def is_ready() -> bool:
+            async def is_ready() -> Any:
                 return (await ready(app)) == (200, [])
 
             await eventually(is_ready, timeout=60)

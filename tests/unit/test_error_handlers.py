@@ -295,7 +295,7 @@ class TestAhandle:
         assert await found("b") == "KeyError: 'b'"
 
     async def test_a_cancellation_is_none_of_its(self) -> None:
-        handled = []
+        handled: list[Exception] = []
 
         @ahandle(Exception, handled.append)
         async def wait() -> None:
