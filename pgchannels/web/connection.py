@@ -302,7 +302,7 @@ class Connection(Life):
             command.everyone
             or command.channel == self.channel_name
             or (command.user_id is not None and command.user_id == self.user_id)
-            or (command.group is not None and command.group in self._groups)
+            or (command.group is not None and self._stream.reads(command.group))
             or (
                 command.token_id is not None
                 and self.identity is not None

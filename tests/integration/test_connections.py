@@ -19,6 +19,7 @@ from websockets.exceptions import InvalidStatus
 
 from pgchannels import (
     ChannelLayer,
+    Command,
     ConfigurationError,
     DatabaseUnavailable,
     MemoryLayer,
@@ -372,6 +373,63 @@ class TestMistakesOfTheClient:
 async def ask_text(socket: ClientConnection, text: str) -> Any:
     await socket.send(text)
     return await answer(socket)
+
+
+class TestHostileClients:
+    async def test_a_hundred_thousand_subscriptions(self, memory: MemoryLayer) -> None:
+        async def endpoint(connection: Connection) -> None:
+            refused = 0
+            for n in range(100_000):
+                try:
+                    await connection.join(f"room:{n}")
+                except SocketError:
+                    refused += 1
+            await connection.send_json({"refused": refused, "groups": len(connection.groups)})
+
+        connections = ConnectionManager(memory)  # the limit is there by default
+        async with serving(connections, endpoint) as address, address() as socket:
+            async with asyncio.timeout(60):
+                told = json.loads(await socket.recv())
+            assert told == {"refused": 99_000, "groups": 1000}
+
+    async def test_frames_after_close(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        """RFC 6455, 5.5.1: after a close frame, nothing that comes is looked at."""
+        heard: list[Any] = []
+
+        async def endpoint(connection: Connection) -> None:
+            await connection.send_json({"ready": connection.id})
+            heard.extend([content async for content in connection])
+
+        connections = ConnectionManager(memory)
+        async with serving(connections, endpoint) as address, address() as socket:
+            await ready(socket)
+            # Masked with zeros: "1", a close with 1000, "2", in one packet.
+            one, two = (bytes([0x81, 0x81, 0, 0, 0, 0]) + digit for digit in (b"1", b"2"))
+            close = bytes([0x88, 0x82, 0, 0, 0, 0, 0x03, 0xE8])
+            socket.transport.write(one + close + two)
+            await gone(connections)
+        assert heard in ([1], [])
+        assert errors() == []
+
+    async def test_a_handshake_that_does_not_end(self, memory: MemoryLayer) -> None:
+        """It costs the server a connection, and nobody else anything; nothing is kept for it."""
+        connections = ConnectionManager(memory)
+        async with serving(connections) as address:
+            host, port = address.split(":")
+            writers = []
+            for _ in range(50):
+                _, writer = await asyncio.open_connection(host, int(port))
+                writer.write(b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nX-Slow: ")
+                writers.append(writer)
+            async with address() as socket:
+                await ready(socket)
+                assert await ask(socket, 1) == {"got": 1}
+                assert len(connections) == await connections.count() == 1
+            for writer in writers:
+                writer.close()
+                await writer.wait_closed()
 
 
 class TestLimits:
@@ -771,6 +829,29 @@ class TestHeartbeat:
 
 
 class TestSendingAway:
+    @pytest.mark.parametrize("by", ["user_id", "group", "everyone"])
+    async def test_commands(self, make_layer: Callable[[], ChannelLayer], by: str) -> None:
+        """From a node without connections. A member by another's doing is one, too."""
+        async with make_layer() as layer, make_layer() as other:
+            connections = ConnectionManager(layer)
+            async with (
+                serving(connections) as address,
+                address("user=ada") as socket,
+                address("user=bob&group=hall") as bob,
+            ):
+                name = await ready(socket)
+                await ready(bob)
+                await other.group_add("room", name)
+                await other.group_send("room", {"n": 1})
+                assert (await answer(socket))["data"] == {"n": 1}
+                whom = {"user_id": "ada", "group": "room", "everyone": True}[by]
+                await other.command(Command("close", code=4000, **{by: whom}))  # type: ignore[arg-type]
+                assert await closed(socket) == 4000
+                if by == "everyone":
+                    assert await closed(bob) == 4000
+                else:
+                    assert await ask(bob, 1) == {"got": 1}
+
     @pytest.mark.parametrize("how", ["itself", "its id", "another node"])
     async def test_disconnect(self, make_layer: Callable[[], ChannelLayer], how: str) -> None:
         async with make_layer() as layer, make_layer() as other:
