@@ -12,6 +12,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
 from pgchannels.control import Command
@@ -328,14 +329,22 @@ class ConnectionManager:
             logger.warning("%d connections did not close in time", len(self._connections))
 
     def server_options(self) -> dict[str, Any]:
-        """What uvicorn is to be given, for the heartbeat and the size of frames to be so.
+        """What uvicorn is to be given: for the heartbeat, the size of frames, and its own end.
 
         ::
 
             uvicorn.run(app, **connections.server_options())
+
+        When all have been told to go, the server waits once more for ``shutdown.timeout``, for
+        requests as well as for sockets of other endpoints; without that option it waits for ever.
         """
-        # A little more, so that who is just above it gets an answer.
-        return {**self.heartbeat.server_options(), "ws_max_size": 2 * self.max_frame_size}
+        patience = self.shutdown.timeout
+        return {
+            **self.heartbeat.server_options(),
+            # A little more, so that who is just above it gets an answer.
+            "ws_max_size": 2 * self.max_frame_size,
+            "timeout_graceful_shutdown": None if patience == inf else max(1, ceil(patience)),
+        }
 
     # Routers
 

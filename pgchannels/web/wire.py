@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
+from pgchannels.web.abort import abort, abort_unless_written
 from pgchannels.web.codes import (
     ABNORMAL,
     INTERNAL_ERROR,
@@ -209,12 +210,19 @@ class Wire:
         self._reason, self._farewell = reason, farewell
 
     async def _take_leave(self, code: int) -> None:
-        """Close the socket with *code*, if it is still open; not for longer than a moment."""
+        """Close the socket with *code*, if it is still open; not for longer than a moment.
+
+        A client that takes nothing by then is dropped, and does not hear the code.
+        """
         self._watch_no_more()
         if self._gone is None and code in SENDABLE:
             # Also when the server cancels: a client must know why, and whether to come back.
-            with anyio.move_on_after(CLOSING_TIME, shield=True):
+            with anyio.move_on_after(CLOSING_TIME, shield=True) as limit:
                 await self._say_goodbye(code)
+            if limit.cancelled_caught:
+                abort(self.websocket)
+            else:
+                abort_unless_written(self.websocket, CLOSING_TIME)
 
     async def _say_goodbye(self, code: int) -> None:
         try:

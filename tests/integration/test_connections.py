@@ -1005,6 +1005,11 @@ class TestConfiguration:
         assert (off["ws_ping_interval"], off["ws_ping_timeout"]) == (None, None)
         assert ConnectionManager(layer, max_frame_size=500).server_options()["ws_max_size"] == 1000
 
+    @pytest.mark.parametrize(("timeout", "expected"), [(0, 1), (2.5, 3), (float("inf"), None)])
+    def test_the_servers_own_patience(self, timeout: float, expected: int | None) -> None:
+        connections = ConnectionManager(MemoryLayer(), shutdown=Shutdown(timeout=timeout))
+        assert connections.server_options()["timeout_graceful_shutdown"] == expected
+
     async def test_an_http_exception_of_a_consumer(self, memory: MemoryLayer) -> None:
         class Room(JsonConsumer):
             async def connect(self) -> None:
