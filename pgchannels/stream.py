@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -128,6 +128,7 @@ class Stream:
         self._entered = False
         self._closed = False
         self._error: BaseException | None = None
+        self._on_end: Callable[[BaseException], None] | None = None
 
     @property
     def truncated(self) -> bool:
@@ -165,9 +166,18 @@ class Stream:
     def error(self) -> BaseException | None:
         """What the stream has ended with, as soon as it has; ``batch()`` raises it.
 
-        For who watches a consumer that may be stuck, and does not come to take anything.
+        For who watches a consumer that may be stuck, and does not come to take anything. See also
+        :meth:`on_end`.
         """
         return self._error
+
+    def on_end(self, call: Callable[[BaseException], None]) -> None:
+        """Call this with :attr:`error`, once, when the stream ends by one; at once if it has.
+
+        It is called wherever that is found out, and must neither raise nor call the stream.
+        """
+        self._on_end = call
+        self._tell_end()
 
     @property
     def pending(self) -> int:
@@ -283,6 +293,7 @@ class Stream:
         for channel in self._subscription.channels:
             self._source.unregister(channel, self)
         self._wake()
+        self._tell_end()
 
     def offer(self, message: Message) -> None:
         """For the source: here is a message of one of the channels."""
@@ -436,8 +447,14 @@ class Stream:
             self._error = SlowConsumer(self._subscription.dropped + len(self._ephemeral))
             self._ephemeral.clear()
             self._closed = True
+            self._tell_end()
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
+
+    def _tell_end(self) -> None:
+        if self._error is not None and self._on_end is not None:
+            call, self._on_end = self._on_end, None
+            call(self._error)
 
 
 async def filtered(messages: Sequence[Message], wanted: Filter) -> list[Message]:

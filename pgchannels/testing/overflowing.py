@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from pgchannels.errors import ConfigurationError, SlowConsumer
+from pgchannels.errors import ChannelLayerClosed, ConfigurationError, SlowConsumer
 from pgchannels.messages import Message
 from pgchannels.overflow import Overflow
 from pgchannels.subscription import State
@@ -197,6 +197,29 @@ class OverflowTests:
             assert [message for message in taken if message.channel == "a"] == a[7:]
             assert [message for message in taken if message.channel == "b"] == b
             assert stream.dropped == 7
+
+    async def test_who_is_told_of_the_end(self, make_layer: MakeLayer) -> None:
+        layer = await make_layer()
+        told: list[BaseException] = []
+        overflow = Overflow("disconnect", max_messages=3)
+        async with layer.subscribe("a", overflow=overflow) as stream:
+            stream.on_end(told.append)
+            await send_numbers(layer, "a", range(10))
+            # Nobody takes anything.
+            await until(lambda: bool(told))
+            assert told == [stream.error]
+            assert isinstance(told[0], SlowConsumer)
+            late: list[BaseException] = []
+            stream.on_end(late.append)
+            assert late == told
+        assert len(told) == len(late) == 1
+        async with layer.subscribe("a") as stream:
+            stream.on_end(told.append)
+        assert len(told) == 1  # it has ended without an error
+        async with layer.subscribe("a") as stream:
+            stream.on_end(told.append)
+            await layer.close()
+            assert isinstance(told[1], ChannelLayerClosed)
 
     async def test_overflow_that_cannot_be(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()

@@ -451,6 +451,9 @@ class Connection(Life):
         """
         return self._live(self._admit(identity, user_id, metadata))
 
+    def _stream_ended(self, error: BaseException) -> None:
+        self._tasks.end(error if isinstance(error, Exception) else ChannelLayerClosed())
+
     async def _admit(
         self,
         identity: Identity | None,
@@ -493,6 +496,8 @@ class Connection(Life):
         overflow = self.connections.overflow
         async with self.layer.subscribe(member=self.channel_name, overflow=overflow) as stream:
             self._stream = stream
+            # Also while whoever reads it is stuck in sending, and would not hear of it.
+            stream.on_end(self._stream_ended)
             self.connections.enter(self)
             yield
 

@@ -46,6 +46,8 @@ class SocketTasks:
         try:
             async with anyio.create_task_group() as group:
                 self._group = group
+                if self._first is not None:  # it has been ended before it began
+                    group.cancel_scope.cancel()
                 # Raised inside the group, an error would come out wrapped.
                 try:
                     yield
