@@ -327,6 +327,15 @@ class Connection(Life):
         """What the client sends, parsed."""
         return await self._receive_content()
 
+    async def frames(self) -> AsyncIterator[Frame]:
+        """What the client sends, not parsed: for what is not JSON. None of it is answered here."""
+        while True:
+            try:
+                frame = await self._receive_frame()
+            except StopAsyncIteration:
+                return
+            yield frame
+
     async def _receive_content(self) -> Any:
         """The next frame's JSON. What is meant for us is answered here."""
         while True:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from math import ceil, inf
@@ -165,6 +165,8 @@ class ConnectionManager:
         identity: Identity | None = None,
         user_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        subprotocol: str | None = None,
+        headers: Iterable[tuple[bytes, bytes]] | None = None,
     ) -> AsyncIterator[Connection]:
         """Admit a socket, accept it, and serve it in this block; close it after.
 
@@ -178,6 +180,8 @@ class ConnectionManager:
             identity: who it is, as a dependency has found out; else ``authentication`` does.
             user_id: whose it is, any text; that of the identity if None.
             metadata: a JSON object of up to 8 KiB that presence shows.
+            subprotocol: to accept the socket with; if None, the one that its token came with.
+            headers: to accept it with, besides.
 
         Raises:
             HTTPException: the socket is refused; the application answers it with that status. On a
@@ -186,6 +190,7 @@ class ConnectionManager:
         connection = Connection(websocket, self)
         try:
             async with connection.life(identity, user_id, metadata):
+                await connection.accept(subprotocol, headers)
                 await connection.start()
                 yield connection
         except Refused as refused:

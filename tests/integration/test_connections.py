@@ -293,6 +293,37 @@ class TestFunctions:
             assert await socket.recv() == "bye"
             assert await closed(socket) == 1000
 
+    async def test_frames_that_are_not_json(self, memory: MemoryLayer) -> None:
+        async def echo(connection: Connection) -> None:
+            async for frame in connection.frames():
+                if isinstance(frame.raw, str):
+                    await connection.send_text(frame.raw)
+                else:
+                    await connection.send_bytes(frame.raw)
+
+        connections = ConnectionManager(memory, max_frame_size=10)
+        async with serving(connections, echo) as address, address() as socket:
+            for sent in ("{", b"\xff", "", "{}"):
+                await socket.send(sent)
+                assert await socket.recv() == sent
+            assert (await ask_text(socket, "x" * 11))["code"] == "frame_too_large"
+
+    async def test_a_subprotocol_and_headers(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(memory)
+        app = FastAPI()
+
+        @app.websocket("/ws")
+        async def endpoint(websocket: WebSocket) -> None:
+            options: Any = {"subprotocol": "chat", "headers": [(b"x-node", b"1")]}
+            async with connections.connect(websocket, **options) as connection:
+                await room(connection)
+
+        async with serve(app) as address, Address(address)(subprotocols=["chat"]) as socket:
+            await ready(socket)
+            assert socket.subprotocol == "chat"
+            assert socket.response is not None
+            assert socket.response.headers["x-node"] == "1"
+
     async def test_what_it_says_of_itself(self, memory: MemoryLayer) -> None:
         found: list[Connection] = []
 
