@@ -176,6 +176,16 @@ class TestReady:
 
             await eventually(is_ready, timeout=60)
 
+    async def test_a_database_that_never_answers(self) -> None:
+        class Silent(MemoryLayer):
+            async def _count_connections(self, user_id: str | None) -> int:
+                await asyncio.Event().wait()
+                raise AssertionError
+
+        async with Silent() as layer, asyncio.timeout(60):
+            health = Health(ConnectionManager(layer), timeout=0.01)
+            assert await health.problems() == ["database"]
+
     async def test_while_nothing_is_heard(self, database_url: str) -> None:
         async with PostgresLayer(database_url) as layer:
             await eventually(lambda: layer.is_listening, timeout=30)

@@ -154,11 +154,12 @@ class TestPublishing:
         with tracer.start_as_current_span("request"):
             assert (await published(layer)).is_plain
 
-    async def test_what_the_publisher_says_holds(
-        self, layer: MemoryLayer, tracer: trace.Tracer
-    ) -> None:
+    async def test_what_the_publisher_says_holds(self, layer: MemoryLayer) -> None:
         own = {"traceparent": f"00-{1:032x}-{2:016x}-01"}
-        with tracer.start_as_current_span("request"):
+        # Its state would be one of another trace.
+        state = trace.TraceState([("vendor", "a:1")])
+        context = trace.SpanContext(3, 4, is_remote=True, trace_state=state)
+        with trace.use_span(trace.NonRecordingSpan(context)):
             message = await published(layer, headers=own)
         assert message.headers == own
 
