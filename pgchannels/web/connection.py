@@ -15,6 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from pgchannels.errors import ChannelLayerClosed, DatabaseUnavailable
 from pgchannels.messages import Position
+from pgchannels.web.auth import Identity
 from pgchannels.web.codes import ABNORMAL
 from pgchannels.web.errors import (
     AuthenticationError,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from pgchannels.messages import Message
     from pgchannels.records import HistoryPage, PresenceBy, Present, Receipt
     from pgchannels.stream import Stream
-    from pgchannels.web.auth import Action, Authentication, Identity
+    from pgchannels.web.auth import Action, Authentication
     from pgchannels.web.connections import ConnectionManager
     from pgchannels.web.incoming import Frame
     from pgchannels.web.middleware import Chain
@@ -292,8 +293,12 @@ class Connection(Life):
             self._tasks.spawn(self._reauthorize())
 
     async def _reauthorize(self) -> None:
-        if self.identity is not None:
-            await self.connections.check_not_revoked(self.identity)
+        identity = self.identity
+        if identity is None and self.user_id is not None:
+            # Of who was found out by other means, it is known since when it is so.
+            identity = Identity(self.user_id, issued_at=self.connected_at)
+        if identity is not None:
+            await self.connections.check_not_revoked(identity)
         await self.reauthorize()
 
     def is_meant_by(self, command: Command) -> bool:

@@ -710,6 +710,20 @@ class TestAuthentication:
                     status, error = await refused(address(**bearer("ada")))
                     assert (status, error["code"]) == (401, "token_revoked")
 
+    async def test_revocation_of_who_has_no_token(self, layer: ChannelLayer) -> None:
+        """Found out by a dependency of the application's: the sockets that are there are closed."""
+        connections = ConnectionManager(layer)
+        async with serving(connections) as address:
+            async with address("user=ada") as socket, address("user=bob") as bob:
+                await ready(socket)
+                await ready(bob)
+                await connections.revoke(user_id="ada")
+                assert (await answer(socket))["code"] == "token_revoked"
+                assert await closed(socket) == 3000
+                assert await ask(bob, 1) == {"got": 1}
+            async with address("user=ada") as socket:
+                await ready(socket)
+
     async def test_origins(self, memory: MemoryLayer) -> None:
         connections = ConnectionManager(memory, origins=Origins("https://shop.example"))
         async with serving(connections) as address:
