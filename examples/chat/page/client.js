@@ -242,6 +242,7 @@ $("say").onsubmit = async (submitted) => {
     return notice(`A file may have up to ${Math.round(maxFile / 1000)} kB.`);
   }
   $("text").value = "";
+  typedAt = -Infinity; // what is typed from now on is another message
   chooseFile(null);
   notice("");
   const id = crypto.randomUUID?.() ?? uuid();
