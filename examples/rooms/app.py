@@ -9,11 +9,11 @@ PGCHANNELS_DATABASE_URL, the same ROOMS_SECRET for all, `pgchannels migrate`, `u
 """
 
 import hmac
+import math
 import os
 import secrets
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,8 +37,10 @@ from pgchannels.web import (
     SocketError,
     SubprotocolToken,
     ValidationFailed,
+    admin_router,
     channels_router,
     http_authorize,
+    install_error_handlers,
     lifespan,
 )
 
@@ -94,6 +96,7 @@ connections = ConnectionManager(
     authorize=authorize,
 )
 app = FastAPI(title="pgchannels rooms", lifespan=lifespan(connections))
+install_error_handlers(app)
 Current = Annotated[Identity, Depends(authentication.dependency())]
 
 # --- Tokens --------------------------------------------------------------------------------------
@@ -112,14 +115,14 @@ class Token(BaseModel):
 
 def issue(name: str) -> Token:
     user = USERS[name]
-    now = int(time.time())
+    now = time.time()
     claims = {
         "iss": ISSUER,
         "aud": AUDIENCE,
         "sub": name,
         "jti": secrets.token_urlsafe(12),
-        "iat": now,
-        "exp": now + LIFETIME,
+        "iat": int(now),
+        "exp": math.ceil(now) + LIFETIME,  # for not less than what the page is told
         "cap": user.cap,
         "admin": user.is_admin,
     }
@@ -148,21 +151,16 @@ async def refresh(current: Current) -> Token:
     return issue(current.user_id)
 
 
-class Revocation(BaseModel):
-    user: str = Field(min_length=1, max_length=40)
-
-
 async def current_admin(current: Current) -> Identity:
     if current.claims.get("admin") is not True:
         raise HTTPException(403, "for administrators")
     return current
 
 
-@app.post("/admin/revocations", status_code=204, dependencies=[Depends(current_admin)])
-async def revoke(given: Revocation) -> None:
-    """The user's tokens are worth nothing from now on; their sockets close, on all nodes."""
-    await connections.revoke(user_id=given.user, keep=timedelta(seconds=LIFETIME + 60))
-
+# POST /admin/revocations: a user's tokens are worth nothing from now on, and their sockets close,
+# on all nodes. And whatever else operators do with connections.
+admin = admin_router(connections, authorize=current_admin, who=lambda current: current.user_id)
+app.include_router(admin, prefix="/admin")
 
 # --- Rooms ---------------------------------------------------------------------------------------
 

@@ -129,7 +129,7 @@ def test_a_token_that_expires_ends_the_connection(arrive: Arrive) -> None:
     bob.happens("the token has expired (token_expired)")
     bob.happens("Closed with 3000")
     bob.is_out()
-    assert bob.page.inner_text("#expires") == "has expired"
+    bob.page.locator("#expires", has_text="has expired").wait_for()
 
 
 @on_a_server

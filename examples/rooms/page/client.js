@@ -141,7 +141,7 @@ $("revoke").onsubmit = async (submitted) => {
   submitted.preventDefault();
   const user = $("user").value;
   const admin = await post("/token", { user: "admin", password: $("admin").value });
-  if (admin && (await post("/admin/revocations", { user }, admin.token))) {
+  if (admin && (await post("/admin/revocations", { user_id: user }, admin.token))) {
     event(`The tokens of ${user} have been revoked.`);
   }
 };
@@ -154,9 +154,8 @@ async function post(url, body, bearer) {
   if (bearer) headers.Authorization = `Bearer ${bearer}`;
   try {
     const response = await fetch(url, { method: "POST", headers, body: JSON.stringify(body) });
-    if (response.status === 204) return {};
     const answer = await response.json();
-    if (response.ok) return answer;
+    if (response.ok) return answer ?? {};
     event(`${url}: ${response.status}, ${words(answer.detail)}.`, "bad");
   } catch (error) {
     event(`${url}: ${error.message}.`, "bad");
