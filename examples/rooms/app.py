@@ -37,7 +37,6 @@ from pgchannels.web import (
     SocketError,
     SubprotocolToken,
     ValidationFailed,
-    admin_router,
     channels_router,
     http_authorize,
     install_error_handlers,
@@ -159,7 +158,7 @@ async def current_admin(current: Current) -> Identity:
 
 # POST /admin/revocations: a user's tokens are worth nothing from now on, and their sockets close,
 # on all nodes. And whatever else operators do with connections.
-admin = admin_router(connections, authorize=current_admin, who=lambda current: current.user_id)
+admin = connections.admin_router(authorize=current_admin, who=lambda current: current.user_id)
 app.include_router(admin, prefix="/admin")
 
 # --- Rooms ---------------------------------------------------------------------------------------
