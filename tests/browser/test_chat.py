@@ -57,6 +57,10 @@ class Visitor:
         until(lambda: self.texts() == list(texts), timeout=PATIENCE / 1000)
         assert not self.page.locator("#messages ol.waiting li").count()
 
+    def has(self, count: int) -> None:
+        """Wait until so many messages are on screen."""
+        until(lambda: len(self.texts()) == count, timeout=PATIENCE / 1000)
+
     def goes_to(self, conversation: str) -> None:
         self.page.locator("nav li button", has_text=conversation).click()
 
@@ -227,11 +231,10 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(enter: Enter, serv
     server.start()
     for visitor in (ada, bob):
         visitor.is_live()
-        visitor.page.wait_for_function("document.querySelectorAll('#messages ol p').length >= 4")
+        visitor.has(4)
     ada.say("after")
-    bob.page.locator("#messages p", has_text="after").wait_for()
     for visitor in (ada, bob):
-        until(lambda visitor=visitor: len(visitor.texts()) == 5)  # type: ignore[misc]
+        visitor.has(5)
         assert sorted(visitor.texts()) == ["after", "and again", "before", "from Ada", "from Bob"]
     assert ada.texts() == bob.texts()
     assert bob.texts().index("from Bob") < bob.texts().index("and again")

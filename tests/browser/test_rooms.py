@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import Page
 
 from tests.browser.conftest import OpenPage
+from tests.support.demo import until
 from tests.support.examples import Server
 
 pytestmark = pytest.mark.browser
@@ -114,10 +115,8 @@ def test_a_token_is_refreshed_before_it_expires_and_the_socket_goes_on(arrive: A
     ada.page.uncheck("#keep")
     ada.page.clock.fast_forward(400_000)
     ada.page.click("#refresh")
-    ada.page.wait_for_function(
-        """[...document.querySelectorAll('#events li')]
-        .filter(each => each.textContent.includes('Refreshed')).length === 2"""
-    )
+    refreshed = ada.page.locator("#events li", has_text="Refreshed")
+    until(lambda: refreshed.count() == 2, timeout=PATIENCE / 1000)
 
 
 @pytest.mark.parametrize("server", [SHORT], indirect=True)
