@@ -59,7 +59,7 @@ class Tab:
     @contextmanager
     def its_clock_stopped(self) -> Iterator[None]:
         """No timer of the page fires, that for reconnecting either. Needs ``clock=True``."""
-        self.page.clock.pause_at(self.page.evaluate("Date.now()") + 1000)
+        self.page.clock.pause_at(self.page.evaluate("Date.now()") / 1000 + 1)
         yield
         self.page.clock.resume()
 
