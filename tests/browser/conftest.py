@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, WebSocketRoute, sync_playwright
 
 from pgchannels.embedded import EmbeddedPostgres
 from tests.support.demo import RunningDemo, running_demo
@@ -170,12 +170,18 @@ def open_page(browser: Browser, server: Server) -> Iterator[OpenPage]:
     """Opens the example's page, each time as on another machine. None may have complained.
 
     A page may complain of a server that was killed, and of what the test says that it *expects*.
+    Its sockets may be led through *route*.
     """
     contexts: list[BrowserContext] = []
     tabs: list[Tab] = []
     allowed: list[str] = []
 
-    def open_page(*, clock: bool = False, expect: str = "") -> Page:
+    def open_page(
+        *,
+        clock: bool = False,
+        expect: str = "",
+        route: Callable[[WebSocketRoute], None] | None = None,
+    ) -> Page:
         contexts.append(browser.new_context())
         tab = Tab(contexts[-1])
         tabs.append(tab)
@@ -183,6 +189,8 @@ def open_page(browser: Browser, server: Server) -> Iterator[OpenPage]:
             allowed.append(expect)
         if clock:
             tab.page.clock.install()
+        if route is not None:
+            tab.page.route_web_socket(re.compile("^ws:"), route)
         tab.page.goto(server.url)
         return tab.page
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import psycopg
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Page, WebSocketRoute
 
 from tests.browser.conftest import OpenPage
-from tests.support.demo import until
+from tests.support.demo import request, until
 from tests.support.examples import Server
 
 pytestmark = pytest.mark.browser
@@ -57,6 +59,13 @@ class Visitor:
         until(lambda: self.texts() == list(texts), timeout=PATIENCE / 1000)
         assert not self.page.locator("#messages ol.waiting li").count()
 
+    @contextmanager
+    def its_clock_stopped(self) -> Iterator[None]:
+        """No timer of the page fires, that for reconnecting either. Needs ``clock=True``."""
+        self.page.clock.pause_at(self.page.evaluate("Date.now()") / 1000 + 1)
+        yield
+        self.page.clock.resume()
+
     def has(self, count: int) -> None:
         """Wait until so many messages are on screen."""
         until(lambda: len(self.texts()) == count, timeout=PATIENCE / 1000)
@@ -72,7 +81,7 @@ class Visitor:
 
 @pytest.fixture
 def enter(open_page: OpenPage) -> Enter:
-    def enter(name: str, **options: bool) -> Visitor:
+    def enter(name: str, **options: Any) -> Visitor:
         visitor = Visitor(open_page(**options))
         visitor.page.fill("#name", name)
         visitor.page.press("#name", "Enter")
@@ -216,30 +225,129 @@ def test_history_is_there_and_goes_on_backwards(enter: Enter) -> None:
 
 
 def test_a_server_that_is_killed_and_comes_back_costs_nothing(enter: Enter, server: Server) -> None:
-    ada, bob = enter("Ada"), enter("Bob")
+    ada, bob = enter("Ada", clock=True), enter("Bob")
     ada.say("before")
     bob.shows("before")
-    ada.page.locator("#present button", has_text="Bob").click()
     server.kill()
     for visitor in (ada, bob):
         visitor.page.wait_for_selector("#state[data-state=connecting]")
-    ada.say("in private")
+    with ada.its_clock_stopped():  # so that she cannot be back before she has missed something
+        ada.say("from Ada, meanwhile")
+        bob.say("from Bob")
+        server.start()
+        bob.is_live()
+        bob.say("and again")
+        bob.shows("before", "from Bob", "and again")
+        bob.page.fill("#person", "Ada")
+        bob.page.press("#person", "Enter")
+        bob.say("where are you?")
+        bob.shows("where are you?")
+        bob.goes_to("#lobby")
+        assert ada.texts() == ["before"]
+    ada.is_live()
+    for visitor in (ada, bob):
+        visitor.shows("before", "from Bob", "and again", "from Ada, meanwhile")
+    bob.say("after")
+    for visitor in (ada, bob):
+        visitor.shows("before", "from Bob", "and again", "from Ada, meanwhile", "after")
+    ada.goes_to("@Bob")
+    ada.shows("where are you?")
+
+
+def test_what_comes_twice_is_shown_once(enter: Enter) -> None:
+    def twice(page: WebSocketRoute) -> None:
+        server = page.connect_to_server()
+
+        def forward(message: str | bytes) -> None:
+            page.send(message)
+            if '"position"' in str(message):
+                page.send(message)
+
+        server.on_message(forward)
+
+    ada, bob = enter("Ada"), enter("Bob", route=twice)
+    ada.page.locator("#present button", has_text="Bob").click()
+    ada.say("private")
     ada.goes_to("#lobby")
-    ada.say("from Ada")
-    bob.say("from Bob")
-    bob.say("and again")
-    server.start()
+    for text in ("one", "two", "three"):
+        ada.say(text)
+    bob.say("four")
     for visitor in (ada, bob):
-        visitor.is_live()
         visitor.has(4)
-    ada.say("after")
-    for visitor in (ada, bob):
-        visitor.has(5)
-        assert sorted(visitor.texts()) == ["after", "and again", "before", "from Ada", "from Bob"]
-    assert ada.texts() == bob.texts()
-    assert bob.texts().index("from Bob") < bob.texts().index("and again")
+    assert sorted(bob.texts()) == ["four", "one", "three", "two"]
     bob.goes_to("@Ada")
-    bob.shows("in private")
+    bob.shows("private")
+
+
+def test_what_was_lost_on_its_way_back_is_stored_once(enter: Enter) -> None:
+    losses: list[str] = []
+
+    def lossy(page: WebSocketRoute) -> None:
+        server = page.connect_to_server()
+
+        def forward(message: str | bytes) -> None:
+            # It has been stored, and the page is not to know.
+            if '"said"' in str(message) and len(losses) < 3:
+                losses.append(str(message))
+                page.close(code=3999)
+                server.close()
+            else:
+                page.send(message)
+
+        server.on_message(forward)
+
+    ada, bob = enter("Ada", route=lossy), enter("Bob")
+    ada.say("once")
+    ada.say("and this")
+    for visitor in (ada, bob):
+        visitor.shows("once", "and this")
+    assert len(losses) == 3
+
+
+def test_it_comes_back_when_the_server_says_so(enter: Enter) -> None:
+    opened: list[WebSocketRoute] = []
+
+    def count(page: WebSocketRoute) -> None:
+        opened.append(page)
+        page.connect_to_server()
+
+    ada = enter("Ada", clock=True, route=count)
+    with ada.its_clock_stopped():
+        opened[0].send('{"type": "reconnect", "reconnect_in": 60}')
+        opened[0].close(code=1012)
+        ada.page.wait_for_selector("#state[data-state=connecting]")
+        # Short of what would be taken for silence.
+        ada.page.clock.run_for(40_000)
+        assert len(opened) == 1
+        ada.page.clock.run_for(21_000)
+        until(lambda: len(opened) == 2)
+    ada.is_live()
+
+
+def test_who_missed_what_is_no_longer_retained_reads_everything_anew(
+    enter: Enter, server: Server, database_url: str
+) -> None:
+    ada, bob = enter("Ada", clock=True), enter("Bob")
+    ada.say("old")
+    bob.shows("old")
+    server.kill()
+    for visitor in (ada, bob):
+        visitor.page.wait_for_selector("#state[data-state=connecting]")
+    with ada.its_clock_stopped():
+        server.start()
+        bob.is_live()
+        for text in ("missed", "still there"):
+            bob.say(text)
+        bob.shows("old", "missed", "still there")
+        page = request(f"{server.url}/channels/room:lobby/messages?order=desc&limit=1")
+        (last,) = page["messages"]
+        # As the pruner does: all but the newest.
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute("update pgchannels.log set floor = %s", [last["id"] - 1])
+    ada.is_live()
+    ada.shows("still there")
+    ada.say("go on")
+    ada.shows("still there", "go on")
 
 
 def test_a_server_that_shuts_down_says_when_to_come_back(enter: Enter, server: Server) -> None:
