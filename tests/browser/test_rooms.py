@@ -144,7 +144,8 @@ def test_revoking_a_user_s_tokens_closes_all_of_their_sockets(arrive: Arrive) ->
         visitor.happens("the token has been revoked (token_revoked)")
         visitor.is_out()
     ada.enter("lobby", by="message")
-    ada.happens("the token has been revoked (revoked)")
+    revoked = ada.page.locator("#events li", has_text="(token_revoked)")
+    until(lambda: revoked.count() == 2, timeout=PATIENCE / 1000)
     ada.page.click("#refresh")
     ada.happens("/token/refresh: 401")
     bob.say("still here")
@@ -200,3 +201,6 @@ def test_it_fits_and_can_be_read(arrive: Arrive) -> None:
     # Whatever can be used has a name that a screen reader can say.
     for control in page.locator("button, input, select").all():
         assert control.evaluate("e => e.labels?.[0]?.textContent || e.textContent")
+    page.click("#disconnect")
+    ada.is_out()
+    assert page.locator("#disconnect").is_hidden()

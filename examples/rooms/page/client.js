@@ -80,7 +80,7 @@ $("connect").onsubmit = (submitted) => {
     closed(code === 1006 ? "Refused, or lost." : `Closed with ${code}${reason && `: ${reason}`}.`);
   };
   current = opening;
-  $("disconnect").disabled = false;
+  $("disconnect").hidden = false;
 };
 
 let current = null; // also while it is not open yet
@@ -110,7 +110,7 @@ $("disconnect").onclick = disconnect;
 
 function closed(text) {
   current = socket = null;
-  $("disconnect").disabled = true;
+  $("disconnect").hidden = true;
   setState("out", text);
   event(text);
 }
