@@ -185,7 +185,7 @@ async def live(socket: WebSocket, room: str) -> None:
                 message = {"type": "said", "from": connection.user_id, "text": said.text}
                 await connection.publish(channel, message)
             except SocketError as error:
-                await connection.send_text(error.describe().response().encode())
+                await connection.tell(error)
 
 
 def parse(content: Any) -> Say:

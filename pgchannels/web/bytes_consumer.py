@@ -40,4 +40,4 @@ class BytesConsumer(WebSocketConsumer):
             if isinstance(raw, bytes):
                 return raw
             detail = "expected a binary frame, not text"
-            await self._tell(ValidationFailed(detail, code="invalid_frame"))
+            await self.tell(ValidationFailed(detail, code="invalid_frame"))

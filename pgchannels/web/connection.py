@@ -285,7 +285,7 @@ class Connection(Life):
             if not await self.connections.allows(self.identity, "subscribe", group):
                 await self.group_discard(group)
                 denied = {"action": "subscribe", "channel": group}
-                await self._tell(AuthorizationError(context=denied))
+                await self.tell(AuthorizationError(context=denied))
 
     def reauthorize_soon(self) -> None:
         """Find out whether its token is still good, and what it may read. At once; never raises."""
@@ -348,7 +348,7 @@ class Connection(Life):
             try:
                 content = frame.json()
             except SocketError as error:
-                await self._tell(error)
+                await self.tell(error)
             else:
                 if not await self._is_ours(frame.type, content):
                     return content
@@ -375,7 +375,7 @@ class Connection(Life):
             limit = self.connections.max_frame_size
             if frame.size > limit:
                 detail = f"a frame has at most {limit} bytes"
-                await self._tell(FrameTooLarge(detail, context={"limit": limit}))
+                await self.tell(FrameTooLarge(detail, context={"limit": limit}))
                 continue
             middleware = self.connections.middleware
             if middleware is None:

@@ -36,7 +36,7 @@ class JsonConsumer(WebSocketConsumer):
 
         By default it is told so, by the error ``unexpected_message``.
         """
-        await self._tell(UnexpectedMessage())
+        await self.tell(UnexpectedMessage())
 
     async def dispatch(self, received: Any) -> None:
         await self._guarded(self._route(received))
@@ -59,6 +59,6 @@ class JsonConsumer(WebSocketConsumer):
             argument = handler.convert(content)
         except ValidationError as error:
             detail = f"not a valid {kind!r}"
-            await self._tell(ValidationFailed(detail, errors=problems(error)))
+            await self.tell(ValidationFailed(detail, errors=problems(error)))
         else:
             await handler.function(self, argument)

@@ -141,10 +141,14 @@ class Life(Wire):
             # What is wrong with it may be what the client sent, or what was made of it here. No
             # warning: a client could fill the log with them.
             logger.info("%s answers with an error", type(self).__name__, exc_info=error)
-        await self._tell(error)
+        await self.tell(error)
         return problem
 
-    async def _tell(self, error: Exception) -> None:
+    async def tell(self, error: Exception) -> None:
+        """Tell the client of an error, as if it had been raised, and go on.
+
+        Of one that nobody expected, the client gets the id under which the log has it.
+        """
         await self._send_error(self._note(error))
 
 

@@ -126,6 +126,8 @@ async def do(connection: Connection, content: Any) -> None:
             await connection.send_json([message.data for message in page.messages])
         case {"presence": str(group)}:
             await connection.send_json(len(await connection.presence(group)))
+        case {"tell": str(text)}:
+            await connection.tell(SocketError(text, code="told"))
         case {"close": int(code)}:
             await connection.close(code, "as you say")
         case _:
@@ -274,6 +276,15 @@ class TestFunctions:
         assert errors() == []
         if isinstance(error, SocketError):
             assert error.connection is not None
+
+    async def test_an_error_that_is_told(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(memory)
+        async with serving(connections) as address, address() as socket:
+            await ready(socket)
+            error = await ask(socket, {"tell": "not so"})
+            assert (error["code"], error["detail"]) == ("told", "not so")
+            assert await ask(socket, 1) == {"got": 1}
+        assert connections.statistics().errors == {"told": 1}
 
     async def test_closed_by_the_endpoint(self, memory: MemoryLayer) -> None:
         connections = ConnectionManager(memory)
