@@ -113,7 +113,8 @@ class ConnectionManager:
         shutdown: how a server says goodbye.
 
     Raises:
-        ConfigurationError: *layer* is no channel layer, or a number is out of its range.
+        ConfigurationError: *layer* is no channel layer, a number is out of its range, or tokens come
+            in cookies and any origin would do.
     """
 
     def __init__(
@@ -138,6 +139,8 @@ class ConnectionManager:
             max_frame_size = layer.settings.max_message_size + FRAME_OVERHEAD
         if max_frame_size < 1:
             raise ConfigurationError(f"max_frame_size must be positive, not {max_frame_size!r}")
+        if origins is not None and origins.any and getattr(authentication, "needs_origin_check", 0):
+            raise ConfigurationError("with cookies, any site could act for its visitors: list them")
         self.layer = layer
         self.limits = limits
         self.heartbeat = heartbeat

@@ -35,6 +35,7 @@ from pgchannels.web import (
     Connection,
     ConnectionManager,
     ConnectionState,
+    CookieToken,
     FirstMessageToken,
     Frame,
     HeaderToken,
@@ -1049,6 +1050,14 @@ class TestConfiguration:
     def test_shutdown(self, options: dict[str, Any]) -> None:
         with pytest.raises(ConfigurationError):
             Shutdown(**options)
+
+    def test_cookies_from_anywhere(self) -> None:
+        with pytest.raises(ConfigurationError, match="cookies"):
+            ConnectionManager(
+                MemoryLayer(),
+                authentication=Authentication(verify, CookieToken("token")),
+                origins=Origins("*"),
+            )
 
     def test_not_a_layer(self) -> None:
         with pytest.raises(ConfigurationError, match="channel layer"):
