@@ -7,10 +7,10 @@
      │   └─ SchemaError             the database is not at the revision that this code needs
      ├─ ChannelLayerClosed          the layer is not open (any more)
      ├─ ChannelFull                 as many messages wait to be received as the channel may hold
- ├─ TooManyConnections          of this user, on this node, or in all
- ├─ GroupFull                   as many connections are in the group as may be
+     ├─ TooManyConnections          of this user, on this node, or in all
+     ├─ GroupFull                   as many connections are in the group as may be
      ├─ FollowerLost                another one reads as this durable reader now
- ├─ SlowConsumer                a stream's buffer was full, and that was to be its end
+     ├─ SlowConsumer                a stream's buffer was full, and that was to be its end
      ├─ InvalidFilter               not an expression that messages can be chosen by
      ├─ InvalidMessage              refused before anything was written
      │   ├─ InvalidChannel

@@ -43,6 +43,8 @@ class Read(NamedTuple):
 
     channels: tuple[str, ...]
     after: int
+    round: int
+    """Which time it is that the subscription has begun; a page from before means nothing now."""
 
 
 class Subscription:
@@ -84,6 +86,7 @@ class Subscription:
         # While replaying: everything up to here, of the merged channels, has been paged in. While
         # live: the last message offered, or the end of the page that led here.
         self._cursor = 0
+        self._round = 0
         # Merged channels that have been read further than _cursor, by themselves.
         self._ahead: dict[str, int] = {}
         self._page: list[Message] = []
@@ -117,6 +120,7 @@ class Subscription:
         if not self._channels and not self._joining:
             self._channels.add(channel)
             self._cursor = start
+            self._round += 1
             self.state = State.LIVE if start >= hub_cursor else State.REPLAYING
         else:
             self._merge_or_join(channel, start, hub_cursor)
@@ -167,9 +171,9 @@ class Subscription:
             return None
         if self._joining:
             channel, after = next(iter(self._joining.items()))
-            return Read((channel,), after)
+            return Read((channel,), after, self._round)
         if self.state is State.REPLAYING and self._channels:
-            return Read(tuple(sorted(self._channels)), self._cursor)
+            return Read(tuple(sorted(self._channels)), self._cursor, self._round)
         return None
 
     def page(
@@ -184,7 +188,7 @@ class Subscription:
             floor: the last id that retention may have removed, when the page was read.
             hub_cursor: the hub's cursor now.
         """
-        if self.state is State.ENDED:
+        if self.state is State.ENDED or read.round != self._round:
             return
         # A page of several channels was asked for before any of them left to join again.
         joining = len(read.channels) == 1 and self._joining.get(read.channels[0]) == read.after

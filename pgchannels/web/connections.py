@@ -113,8 +113,8 @@ class ConnectionManager:
         shutdown: how a server says goodbye.
 
     Raises:
-        ConfigurationError: *layer* is no channel layer, a number is out of its range, or tokens come
-            in cookies and any origin would do.
+        ConfigurationError: *layer* is no channel layer, a number is out of its range, or tokens
+            come in cookies and any origin would do.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class ConnectionManager:
             max_frame_size = layer.settings.max_message_size + FRAME_OVERHEAD
         if max_frame_size < 1:
             raise ConfigurationError(f"max_frame_size must be positive, not {max_frame_size!r}")
-        if origins is not None and origins.any and getattr(authentication, "needs_origin_check", 0):
+        if origins is not None and origins.any and _has_cookies(authentication):
             raise ConfigurationError("with cookies, any site could act for its visitors: list them")
         self.layer = layer
         self.limits = limits
@@ -462,6 +462,10 @@ class ConnectionManager:
         """Commands may have been lost: find out whom they would have concerned."""
         for connection in self:
             connection.reauthorize_soon()
+
+
+def _has_cookies(authentication: Authentication | None) -> bool:
+    return authentication is not None and authentication.needs_origin_check
 
 
 def check_layer(layer: object) -> None:

@@ -17,7 +17,13 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from pgchannels import ChannelLayer, InvalidPayload, Message, PostgresLayer, Settings
 from pgchannels.memory import MemoryLayer
-from pgchannels.web import JsonConsumer, WebSocketConsumer, handles, receives
+from pgchannels.web import (
+    ConnectionManager,
+    JsonConsumer,
+    WebSocketConsumer,
+    handles,
+    receives,
+)
 from tests.support.sockets import serve
 
 LARGEST = 15 * 1024 * 1024
@@ -120,7 +126,7 @@ def _nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 @asynccontextmanager
 async def attacked(
-    layer: ChannelLayer, base: type[JsonConsumer] = Victim
+    serving: ChannelLayer | ConnectionManager, base: type[JsonConsumer] = Victim
 ) -> AsyncIterator[tuple[ClientConnection, Any]]:
     """A socket, and its consumer's class. In the end, the socket must be as good as before."""
 
@@ -128,8 +134,9 @@ async def attacked(
         ends: list[int] = []  # noqa: RUF012
         others: list[Any] = []  # noqa: RUF012
 
+    layer = serving.layer if isinstance(serving, ConnectionManager) else serving
     app = FastAPI()
-    app.add_api_websocket_route("/ws", Attacked.as_endpoint(layer))
+    app.add_api_websocket_route("/ws", Attacked.as_endpoint(serving))
     async with (
         serve(app, ws_max_size=LARGEST) as address,
         connect(f"ws://{address}/ws", max_size=None, max_queue=None) as socket,
@@ -174,14 +181,24 @@ class TestFromClients:
                 assert victim.others.pop() == content
 
     async def test_a_type_of_ten_megabytes(self) -> None:
-        async with MemoryLayer() as layer, attacked(layer) as (socket, victim):
-            for kind in ("x", "chat.send", "\\u0000"):
-                await socket.send(f'{{"type":"{kind * (10 * 1024 * 1024 // len(kind))}"}}')
-                assert await answer(socket) == "other"
-            many = ",".join(f'"type{n}":"close"' for n in range(500_000))
-            await socket.send(f'{{"type":"close",{many}}}')
-            assert await answer(socket) == "other"
-            victim.others.clear()
+        """By default, what is so long is not parsed. Where it is, it is a type as any other."""
+        many = ",".join(f'"type{n}":"close"' for n in range(500_000))
+        frames = [
+            f'{{"type":"{kind * (10 * 1024 * 1024 // len(kind))}"}}'
+            for kind in ("x", "chat.send", "\\u0000")
+        ]
+        frames.append(f'{{"type":"close",{many}}}')
+        async with MemoryLayer() as layer:
+            async with attacked(layer) as (socket, _):
+                for frame in frames:
+                    await socket.send(frame)
+                    assert (await answer(socket))["code"] == "frame_too_large"
+            connections = ConnectionManager(layer, max_frame_size=16 * 1024 * 1024)
+            async with attacked(connections) as (socket, victim):
+                for frame in frames:
+                    await socket.send(frame)
+                    assert await answer(socket) == "other"
+                victim.others.clear()
 
     @pytest.mark.parametrize("make", [nested, objects])
     async def test_depth(self, make: Callable[[int], str]) -> None:
@@ -189,7 +206,7 @@ class TestFromClients:
             await socket.send(make(1000))
             assert await answer(socket) == "other"
             await socket.send(make(100_000))
-            assert (await answer(socket))["code"] == "invalid_json"
+            assert (await answer(socket))["code"] in ("invalid_json", "frame_too_large")
             await socket.send(make(100_000)[:100_000])
             assert (await answer(socket))["code"] == "invalid_json"
 

@@ -346,6 +346,21 @@ class LatestByKeyMachine(SubscriptionMachine):
         return message.size % 3 or None
 
 
+def test_a_page_from_before_it_began_anew_means_nothing() -> None:
+    """All channels are left, and others are joined together, with a page still on its way."""
+    for first, second in (("a", "d"), ("d", "a")):  # whichever of them a set gives first
+        machine = SubscriptionMachine()
+        machine.begin(max_messages=1, max_bytes=5, page_size=1)
+        machine.publish([(first, 2)])
+        machine.add_together(["b", "c"], 2, 0)
+        machine.ask_for_a_page(0)
+        machine.discard_all()
+        machine.publish([(second, 2)])
+        machine.add_together(["a", "d"], 2, 0)
+        machine.check()
+        machine.teardown()
+
+
 @pytest.mark.parametrize(
     ("machine", "examples"),
     [(SubscriptionMachine, 400), (DropOldestMachine, 100), (LatestByKeyMachine, 100)],
