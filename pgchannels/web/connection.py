@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from pgchannels.channels import check_channel
 from pgchannels.errors import ChannelLayerClosed, DatabaseUnavailable
 from pgchannels.messages import Position
 from pgchannels.web.auth import Identity
@@ -173,8 +174,12 @@ class Connection(Life):
             await self._stream.join(group, after or None)
 
     async def leave(self, group: str) -> None:
-        """Forward no more of *group*. A membership stays."""
-        self._stream.leave(group)
+        """Forward no more of *group*. A membership stays.
+
+        Raises:
+            InvalidChannel: it may come from the client, who is told.
+        """
+        self._stream.leave(check_channel(group))
         self._groups.discard(group)
 
     async def group_add(
@@ -259,6 +264,7 @@ class Connection(Life):
         return await self.layer.presence(group)
 
     async def _check_allowed(self, action: Action, channel: str) -> None:
+        check_channel(channel)  # before anybody else has to deal with it: it may be the client's
         if not await self.connections.allows(self.identity, action, channel):
             raise AuthorizationError(context={"action": action, "channel": channel})
 
@@ -461,6 +467,7 @@ class Connection(Life):
 
         Raises:
             Refused: the socket was not accepted.
+            Over: it ended before the block began.
             Exception: what nobody expected, as it is. The client and the log have its id.
         """
         return self._live(self._admit(identity, user_id, metadata))

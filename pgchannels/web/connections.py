@@ -30,10 +30,10 @@ from pgchannels.web.errors import (
     SocketError,
     describe,
 )
-from pgchannels.web.life import Refused
+from pgchannels.web.life import Over, Refused
 from pgchannels.web.liveness import Heartbeat
 from pgchannels.web.middleware import Chain
-from pgchannels.web.refusal import refusal
+from pgchannels.web.refusal import over, refusal
 from pgchannels.web.statistics import Counts, Statistics
 from pgchannels.web.wire import ConnectionState
 
@@ -189,6 +189,7 @@ class ConnectionManager:
         Raises:
             HTTPException: the socket is refused; the application answers it with that status. On a
                 server that cannot do so, a ``WebSocketException``.
+            WebSocketException: likewise, it has ended before it said who it is. It is closed.
         """
         connection = Connection(websocket, self)
         try:
@@ -198,6 +199,8 @@ class ConnectionManager:
                 yield connection
         except Refused as refused:
             raise refusal(websocket, refused.problem) from refused
+        except Over:
+            raise over(websocket) from None
 
     async def disconnect(
         self, connection: Connection | str, code: int = NORMAL, reason: str = ""

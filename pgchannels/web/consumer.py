@@ -23,7 +23,7 @@ from pgchannels.web.connection import Connection
 from pgchannels.web.connections import ConnectionManager
 from pgchannels.web.endpoint import make_endpoint
 from pgchannels.web.handlers import EventHandlers, Handler, find_events, find_receivers
-from pgchannels.web.life import Refused
+from pgchannels.web.life import Over, Refused
 from pgchannels.web.refusal import refuse
 from pgchannels.web.validation import problems
 from pgchannels.web.wire import CLOSING_TIME
@@ -163,6 +163,8 @@ class WebSocketConsumer(Connection):
                 await self._serve(values)
         except Refused as refused:
             await refuse(self.websocket, refused.problem)
+        except Over:
+            return
         except Exception as error:
             if error is not self._failed_by:
                 raise

@@ -20,7 +20,7 @@ from pgchannels.web.errors import Problem, SocketError, describe
 from pgchannels.web.liveness import Heartbeat
 from pgchannels.web.wire import Wire
 
-__all__ = ["Life", "Refused"]
+__all__ = ["Life", "Over", "Refused"]
 
 logger = logging.getLogger("pgchannels.web")
 
@@ -31,6 +31,13 @@ class Refused(Exception):
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         super().__init__(problem.code)
+
+
+class Over(Exception):
+    """A socket has ended before it was admitted, and there is nothing left to be done about it.
+
+    It had been accepted, to hear who it is: it has been told otherwise and closed, or is gone.
+    """
 
 
 class Life(Wire):
@@ -66,12 +73,14 @@ class Life(Wire):
     async def _live(self, admitting: Awaitable[None]) -> AsyncIterator[None]:
         code = ABNORMAL
         raised: Exception | None = None
+        has_begun = False
         try:
             problem = await self._guarded(admitting)
             if problem is not None:
                 raise _Told(problem)
             async with self._reading(), self._tasks.running():
                 self._watch()
+                has_begun = True
                 yield
             code = self._gone or self._asked_to_close or self._tasks.code
         except Exception as error:  # noqa: BLE001 - raised again, if it was not expected
@@ -80,6 +89,8 @@ class Life(Wire):
             await self._finish(code, is_refused=isinstance(raised, Refused))
         if raised is not None:
             raise raised
+        if not has_begun:
+            raise Over
 
     def _ended_by(self, error: Exception) -> tuple[int, Exception | None]:
         """What to close the socket with because of *error*, and what is then to be raised."""

@@ -605,7 +605,9 @@ class TestAuthentication:
         assert errors() == []
         assert connections.statistics().refused == {"unauthenticated": 2, "token_expired": 1}
 
-    async def test_with_the_first_message(self, memory: MemoryLayer) -> None:
+    async def test_with_the_first_message(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
         authentication = Authentication(verify, FirstMessageToken(deadline=30))
         connections = ConnectionManager(
             memory, authentication=authentication, limits=Limits(per_user=1)
@@ -629,6 +631,25 @@ class TestAuthentication:
             async with address() as socket:
                 await socket.close()
             await gone(connections)
+        # None of that is anything to log: anybody could fill the log with it.
+        assert errors() == []
+
+    async def test_no_good_first_message_for_a_consumer(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        authentication = Authentication(verify, FirstMessageToken(deadline=30))
+        connections = ConnectionManager(memory, authentication=authentication)
+        app = FastAPI()
+        app.add_api_websocket_route("/ws", JsonConsumer.as_endpoint(connections))
+        async with serve(app) as address:
+            async with connect(f"ws://{address}/ws") as socket:
+                await socket.send("{}")
+                assert (await answer(socket))["category"] == "authentication"
+                assert await closed(socket) == 3000
+            async with connect(f"ws://{address}/ws") as socket:
+                pass
+            await gone(connections)
+        assert errors() == []
 
     async def test_no_first_message(self, memory: MemoryLayer) -> None:
         authentication = Authentication(verify, FirstMessageToken(deadline=0.05))
