@@ -11,12 +11,14 @@ from rich.console import Console
 
 from benchmarks import (
     ceiling,
+    connections,
     fanout,
     held_open,
     latency,
     members,
     models,
     receivers,
+    slow_sockets,
     sockets,
     throughput,
     transactions,
@@ -37,6 +39,8 @@ BENCHMARKS = {
         watched,
         fanout,
         sockets,
+        slow_sockets,
+        connections,
         ceiling,
         held_open,
         members,
