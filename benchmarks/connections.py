@@ -52,7 +52,7 @@ async def measure(context: Context) -> list[Figure]:
 async def _measure(context: Context, name: str, count: int) -> dict[str, float]:
     async with (
         context.server.database() as url,
-        Peer("connection_server", url) as server,
+        Peer("connection_server", url, "room:1") as server,
         Peer("connection_clients") as clients,
     ):
         port = await server.ask("port")

@@ -1,14 +1,17 @@
 """A thousand sockets, and two more whose clients hardly read: are the thousand any slower?
 
 One of the two reads nothing, the other a byte a second. Both follow a channel besides whose backlog
-is many times what may wait for them, so that they are behind while the others are measured. That
-channel is written to in either case.
+is many times what may wait for them, so that they are behind while the others are measured.
+
+Two servers with a thousand sockets each take turns, message by message, and one of them has the two
+slow ones besides: what else the machine is doing hits both alike. In the next run it is the other.
 """
 
 from __future__ import annotations
 
 import asyncio
-from functools import partial
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 import asyncpg
 
@@ -22,7 +25,6 @@ from pgchannels import PostgresLayer
 
 __all__ = ["BENCHMARK"]
 
-GROUP = "room:1"
 BULK = "bulk:1"
 BULK_MESSAGES, BULK_SIZE = 2000, 10_000
 MEMORY_BOUND = 8.0
@@ -30,105 +32,124 @@ MEMORY_BOUND = 8.0
 buffers, is less; the backlog of the two is five times that."""
 
 SOCKETS = 1000
-APART = 0.25
-"""Seconds between two messages: the server is not to be busy all the time."""
+WARM_UP = 5
+"""Messages. Whoever reads the bulk has done so when these have come."""
+
+APART = 0.15
+"""Seconds between two messages: no server is to be busy all the time."""
 
 PATIENCE = 120.0
 
+UNITS = {"p50": "ms", "p99": "ms", "cpu": "ms"}
+
 
 async def measure(context: Context) -> list[Figure]:
-    async with (
-        context.server.database() as url,
-        PostgresLayer(url) as layer,
-        Peer("connection_server", url) as server,
-        Peer("connection_clients") as clients,
-    ):
-        port = await server.ask("port")
-        await clients.ask("connect", port=port, path="/function", clients=SOCKETS)
-        await until_joined(server, "function", SOCKETS)
-        scene = Scene(layer, url, server, clients, port, context.pick(40, 10))
-        await scene.measure(slow=True)
-        results = await context.interleave(
-            {
-                "alone": partial(scene.measure, slow=False),
-                "beside": partial(scene.measure, slow=True),
-            }
-        )
-    figures = []
-    for key in ("p50", "p99"):
-        alone = figure(f"message to {SOCKETS} sockets, {key}", "ms", results["alone"], key)
-        beside = figure(f"  … beside two slow ones, {key}", "ms", results["beside"], key)
-        at_most = 1.1 if key == "p99" else None
-        figures += [
-            alone,
-            beside,
-            ratio(f"beside slow ones / alone, {key}", beside, alone, at_most=at_most),
-        ]
+    messages = context.pick(100, 20)
+    runs: list[dict[str, float]] = []
+    async with AsyncExitStack() as stack:
+        url = await stack.enter_async_context(context.server.database())
+        layer = await stack.enter_async_context(PostgresLayer(url))
+        nodes = []
+        for number in range(2):
+            group = f"room:{number}"
+            server = await stack.enter_async_context(Peer("connection_server", url, group))
+            clients = await stack.enter_async_context(Peer("connection_clients"))
+            nodes.append(Node(server, clients, group, await server.ask("port")))
+        for node in nodes:
+            await node.connect()
+        for run in range(context.runs):
+            context.progress(f"run {run + 1} of {context.runs}")
+            alone, beside = nodes if run % 2 == 0 else nodes[::-1]
+            runs.append(await _measure(layer, url, alone, beside, messages))
+    return _figures(runs)
+
+
+def _figures(runs: list[dict[str, float]]) -> list[Figure]:
+    figures: list[Figure] = []
+    for key, unit in UNITS.items():
+        what = "server's CPU, a message" if key == "cpu" else f"message to {SOCKETS} sockets, {key}"
+        alone = figure(what, unit, runs, f"alone {key}")
+        beside = figure(f"  … beside two slow ones, {key}", unit, runs, f"beside {key}")
+        at_most = None if key == "p50" else 1.1
+        name = f"beside slow ones / alone, {key}"
+        figures += [alone, beside, ratio(name, beside, alone, at_most=at_most)]
     backlog = 2 * BULK_MESSAGES * BULK_SIZE / 1024 / 1024
     name = f"memory for two slow ones that have {backlog:.0f} MiB to come"
-    figures.append(figure(name, "MiB", results["beside"], "memory", at_most=MEMORY_BOUND))
+    figures.append(figure(name, "MiB", runs, "memory", at_most=MEMORY_BOUND))
     return figures
 
 
-class Scene:
-    def __init__(
-        self,
-        layer: PostgresLayer,
-        url: str,
-        server: Peer,
-        clients: Peer,
-        port: int,
-        messages: int,
-    ) -> None:
-        self._layer = layer
-        self._url = url
-        self._server = server
-        self._clients = clients
-        self._port = port
-        self._messages = messages
-        self._slow = 0
+@dataclass
+class Node:
+    """A server, and the process of its clients."""
 
-    async def measure(self, *, slow: bool) -> dict[str, float]:
-        memory = await self._server.ask("memory")
-        if slow:
-            for trickles in (False, True):
-                await self._clients.ask(
-                    "connect_slow", port=self._port, path="/slow", trickles=trickles
-                )
-            self._slow += 2
-            await until_joined(self._server, "slow", self._slow)
-        await self._write_bulk()
-        await self._send_all(5)  # whoever reads the bulk has done so when these have come
-        await self._clients.ask("delays")
-        await self._send_all(self._messages)
-        delays: dict[str, float] = await self._clients.ask("delays")
-        grown = await self._server.ask("memory") - memory
-        await self._clients.ask("close_slow")
-        return {**delays, "memory": grown / 1024 / 1024}
+    server: Peer
+    clients: Peer
+    group: str
+    port: int
+    slow: int = 0
 
-    async def _send_all(self, messages: int) -> None:
-        before = await self._clients.ask("received")
-        for _ in range(messages):
-            await self._layer.send(GROUP, {**PAYLOAD, "at": now()})
-            await asyncio.sleep(APART)
+    async def connect(self) -> None:
+        await self.clients.ask("connect", port=self.port, path="/function", clients=SOCKETS)
+        await until_joined(self.server, "function", SOCKETS)
+
+    async def connect_slow(self) -> None:
+        for trickles in (False, True):
+            await self.clients.ask("connect_slow", port=self.port, path="/slow", trickles=trickles)
+        self.slow += 2
+        await until_joined(self.server, "slow", self.slow)
+
+    async def received(self, messages: int) -> None:
         deadline = now() + PATIENCE
-        while await self._clients.ask("received") < before + messages * SOCKETS:
+        while await self.clients.ask("received") < messages * SOCKETS:
             if now() > deadline:
                 raise RuntimeError("messages are missing")
             await asyncio.sleep(0.05)
 
-    async def _write_bulk(self) -> None:
-        connection = await asyncpg.connect(self._url)
-        try:
-            for _ in range(BULK_MESSAGES // 100):
-                await connection.execute(
-                    "insert into pgchannels.outbox (channel, payload)"
-                    " select $1, json_build_object('text', $2::text) from generate_series(1, 100)",
-                    BULK,
-                    "x" * BULK_SIZE,
-                )
-        finally:
-            await connection.close()
+
+async def _measure(
+    layer: PostgresLayer, url: str, alone: Node, beside: Node, messages: int
+) -> dict[str, float]:
+    memory = await beside.server.ask("memory")
+    await beside.connect_slow()
+    await _write_bulk(url)
+    await _send_in_turns(layer, (alone, beside), WARM_UP)
+    found: dict[str, float] = {}
+    for node in (alone, beside):
+        await node.clients.ask("delays")
+    cpu = {node.group: await node.server.ask("cpu") for node in (alone, beside)}
+    await _send_in_turns(layer, (alone, beside), messages)
+    for name, node in (("alone", alone), ("beside", beside)):
+        used = await node.server.ask("cpu") - cpu[node.group]
+        delays: dict[str, float] = await node.clients.ask("delays")
+        found |= {f"{name} {key}": delay for key, delay in delays.items()}
+        found[f"{name} cpu"] = 1000 * used / messages
+    found["memory"] = (await beside.server.ask("memory") - memory) / 1024 / 1024
+    await beside.clients.ask("close_slow")
+    return found
+
+
+async def _send_in_turns(layer: PostgresLayer, nodes: tuple[Node, ...], messages: int) -> None:
+    for _ in range(messages):
+        for node in nodes:
+            await layer.send(node.group, {**PAYLOAD, "at": now()})
+            await asyncio.sleep(APART)
+    for node in nodes:
+        await node.received(messages)
+
+
+async def _write_bulk(url: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        for _ in range(BULK_MESSAGES // 100):
+            await connection.execute(
+                "insert into pgchannels.outbox (channel, payload)"
+                " select $1, json_build_object('text', $2::text) from generate_series(1, 100)",
+                BULK,
+                "x" * BULK_SIZE,
+            )
+    finally:
+        await connection.close()
 
 
 BENCHMARK = Benchmark("slow-sockets", f"{SOCKETS} WebSockets beside two slow ones", measure)

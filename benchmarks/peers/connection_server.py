@@ -34,7 +34,6 @@ from pgchannels.web import (
     lifespan,
 )
 
-GROUP = "room:1"
 BULK = "bulk:1"
 """What only slow clients follow."""
 
@@ -47,7 +46,8 @@ async def verify(token: str) -> Identity:
 
 
 class Server:
-    def __init__(self, layer: PostgresLayer) -> None:
+    def __init__(self, layer: PostgresLayer, group: str) -> None:
+        self._group = group
         self.app = FastAPI(lifespan=lifespan(layer))
         self.joined: Counter[str] = Counter()
         server = self
@@ -55,13 +55,13 @@ class Server:
         class Consumer(JsonConsumer):
             async def connect(self) -> None:
                 await self.accept()
-                await self.join(GROUP)
+                await self.join(group)
                 server.joined["consumer"] += 1
 
         self.app.add_api_websocket_route("/consumer", Consumer.as_endpoint(layer))
         self.app.add_api_websocket_route("/bare", self._bare)
         self._add("function", ConnectionManager(layer))
-        self._add("slow", ConnectionManager(layer, send_timeout=None), GROUP, BULK)
+        self._add("slow", ConnectionManager(layer, send_timeout=None), BULK)
         self._add(
             "guarded",
             ConnectionManager(
@@ -76,7 +76,7 @@ class Server:
         @self.app.websocket(f"/{name}")
         async def endpoint(websocket: WebSocket) -> None:
             async with connections.connect(websocket) as connection:
-                for channel in channels or (GROUP,):
+                for channel in (self._group, *channels):
                     await connection.join(channel)
                 self.joined[name] += 1
                 async for _ in connection:
@@ -99,7 +99,7 @@ class Server:
 async def main() -> None:
     # Small buffers, so that a client that does not read is soon back at reading the log.
     layer = PostgresLayer(Settings(database_url=sys.argv[1], buffer_size=100, buffer_bytes=2**18))
-    server = Server(layer)
+    server = Server(layer, sys.argv[2])
     listening = socket.create_server(("127.0.0.1", 0), backlog=4096)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     uvicorn_server = uvicorn.Server(

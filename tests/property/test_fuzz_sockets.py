@@ -59,20 +59,21 @@ async def verify(token: str) -> Identity:
 
 
 async def do(connection: Connection, content: Any) -> None:
+    field: Callable[[str], Any] = content.get if isinstance(content, dict) else (lambda name: None)
     match content:
-        case {"type": "subscribe", "channel": channel, **rest}:
-            await connection.join(channel, after=rest.get("after"))
-        case {"type": "add", "channel": channel, **rest}:
-            await connection.group_add(channel, after=rest.get("after"))
+        case {"type": "subscribe", "channel": channel}:
+            await connection.join(channel, after=field("after"))
+        case {"type": "add", "channel": channel}:
+            await connection.group_add(channel, after=field("after"))
         case {"type": "leave", "channel": channel}:
             await connection.leave(channel)
         case {"type": "publish", "channel": channel, "data": data}:
             await connection.publish(channel, data)
-        case {"type": "history", "channel": channel, **rest}:
-            page = await connection.history(channel, after=rest.get("after"))
+        case {"type": "history", "channel": channel}:
+            page = await connection.history(channel, after=field("after"))
             await connection.send_json(len(page.messages))
-        case {"type": "identify", **rest}:
-            await connection.identify("ada", rest.get("metadata"), after=rest.get("after"))
+        case {"type": "identify"}:
+            await connection.identify("ada", field("metadata"), after=field("after"))
         case _:
             await connection.send_json({"got": content})
 

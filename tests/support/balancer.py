@@ -65,14 +65,15 @@ class Balancer:
                     each.close()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        failure = OSError("there are no servers")
         for _ in self._ports:
             port = self._ports[self._next % len(self._ports)]
             self._next += 1
             try:
                 return await asyncio.open_connection("127.0.0.1", port)
             except OSError as error:
-                last = error
-        raise last
+                failure = error
+        raise failure
 
     @staticmethod
     async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:

@@ -83,7 +83,7 @@ class SlowClient:
             if isinstance(event, Response):
                 assert event.status_code == 101, event
             elif isinstance(event, Frame) and event.opcode is Opcode.TEXT:
-                self.contents.append(json.loads(event.data))
+                self.contents.append(json.loads(bytes(event.data)))
         if not self.at_end:
             await self._send()
 
