@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from heapq import heappop, heappush, merge
 from itertools import count
 from operator import itemgetter
-from typing import Protocol
+from typing import Literal, Protocol
 from uuid import UUID
 
 from pgchannels.channels import DIRECT, is_connection
@@ -372,19 +372,26 @@ class MemoryLog:
         if limits is None:
             return
         has_place = channel.connected_at is not None
-        others = [c for c in self._channels.values() if c.connected_at is not None]
-        if user_id is not None and not (has_place and channel.user_id == user_id):
-            count = sum(other.user_id == user_id for other in others)
-            if limits.per_user is not None and count >= limits.per_user:
-                raise TooManyConnections("user", limits.per_user)
+        is_users_already = user_id is None or (has_place and channel.user_id == user_id)
+        if not is_users_already:
+            self._check_room("user", limits.per_user, lambda other: other.user_id == user_id)
         if has_place:
             return
-        count = sum(other.node == channel.node for other in others)
-        if limits.per_node is not None and count >= limits.per_node:
-            raise TooManyConnections("node", limits.per_node)
-        if limits.total is not None and len(others) >= limits.total:
-            raise TooManyConnections("total", limits.total)
+        self._check_room("node", limits.per_node, lambda other: other.node == channel.node)
+        self._check_room("total", limits.total, lambda other: True)
         channel.connected_at = self.clock()
+
+    def _check_room(
+        self,
+        scope: Literal["user", "node", "total"],
+        limit: int | None,
+        counts: Callable[[Channel], bool],
+    ) -> None:
+        # Not counted where there is no limit: each connection would be a walk over all.
+        if limit is not None:
+            others = (c for c in self._channels.values() if c.connected_at is not None)
+            if sum(map(counts, others)) >= limit:
+                raise TooManyConnections(scope, limit)
 
     def remove_channel(self, name: str, grace: timedelta) -> None:
         """Remove a channel and its memberships."""
