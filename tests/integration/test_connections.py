@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -24,10 +23,7 @@ from pgchannels import (
     DatabaseUnavailable,
     MemoryLayer,
     Message,
-    PostgresLayer,
-    Settings,
 )
-from pgchannels.memory import MemoryLog
 from pgchannels.web import (
     Authentication,
     AuthenticationError,
@@ -53,42 +49,7 @@ from pgchannels.web import (
     receives,
 )
 from tests.support.eventually import eventually
-from tests.support.sockets import REFUSED, answer, ask, closed, serve
-
-
-@pytest.fixture(params=["memory", "postgres"])
-def make_layer(request: pytest.FixtureRequest) -> Callable[[], ChannelLayer]:
-    """Makes nodes of one log."""
-    if request.param == "memory":
-        log = MemoryLog()
-        return lambda: MemoryLayer(Settings(presence_grace=0), log=log)
-    url = request.getfixturevalue("database_url")
-    return lambda: PostgresLayer(Settings(database_url=url, presence_grace=0))
-
-
-@pytest.fixture
-async def layer(make_layer: Callable[[], ChannelLayer]) -> AsyncIterator[ChannelLayer]:
-    async with make_layer() as layer:
-        yield layer
-
-
-@pytest.fixture
-async def memory() -> AsyncIterator[MemoryLayer]:
-    """For what has nothing to do with where messages are stored."""
-    async with MemoryLayer(Settings(presence_grace=0)) as layer:
-        yield layer
-
-
-@pytest.fixture
-def errors(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    caplog.set_level(logging.INFO)
-    return lambda: [
-        record.getMessage()
-        for record in caplog.records
-        if record.levelno >= logging.ERROR
-        and record.name.startswith(("pgchannels", "uvicorn"))
-        and record.getMessage() != REFUSED
-    ]
+from tests.support.sockets import answer, ask, closed, serve
 
 
 class Address(str):

@@ -27,11 +27,10 @@ from pgchannels import (
     DatabaseUnavailable,
     Message,
     PostgresLayer,
-    Settings,
 )
 from pgchannels.envelopes import websocket_json_message
 from pgchannels.layer import ChannelLayer
-from pgchannels.memory import MemoryLayer, MemoryLog
+from pgchannels.memory import MemoryLayer
 from pgchannels.web import (
     BytesConsumer,
     JsonConsumer,
@@ -41,45 +40,8 @@ from pgchannels.web import (
     receives,
 )
 from tests.support.eventually import eventually
-from tests.support.sockets import REFUSED, answer, ask, closed, serve
+from tests.support.sockets import answer, ask, closed, serve
 from tests.support.tcp_proxy import TcpProxy
-
-
-@pytest.fixture(params=["memory", "postgres"])
-def make_layer(request: pytest.FixtureRequest) -> Callable[[], ChannelLayer]:
-    """Makes nodes of one log."""
-    if request.param == "memory":
-        log = MemoryLog()
-        settings = Settings(presence_grace=0)
-        return lambda: MemoryLayer(settings, log=log)
-    url = request.getfixturevalue("database_url")
-    return lambda: PostgresLayer(Settings(database_url=url, presence_grace=0))
-
-
-@pytest.fixture
-async def layer(make_layer: Callable[[], ChannelLayer]) -> AsyncIterator[ChannelLayer]:
-    async with make_layer() as layer:
-        yield layer
-
-
-@pytest.fixture
-async def memory() -> AsyncIterator[MemoryLayer]:
-    """For what is the consumer's doing alone."""
-    async with MemoryLayer() as layer:
-        yield layer
-
-
-@pytest.fixture
-def errors(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What has been logged as an error, by the library or the server."""
-    caplog.set_level(logging.INFO)
-    return lambda: [
-        record.getMessage()
-        for record in caplog.records
-        if record.levelno >= logging.ERROR
-        and record.name.startswith(("pgchannels", "uvicorn"))
-        and record.getMessage() != REFUSED
-    ]
 
 
 class Address(str):
