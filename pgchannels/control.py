@@ -25,6 +25,8 @@ logger = logging.getLogger("pgchannels.control")
 
 _SELECTORS = ("channel", "user_id", "token_id", "group")
 _MAX_REASON = 123
+# RFC 6455, section 7.4: reserved, or of nobody yet.
+_NOT_SENT = frozenset({1004, 1005, 1006})
 _MAX_TOKEN_ID = 1000
 
 
@@ -39,7 +41,7 @@ class Command:
         token_id: those that came with this token.
         group: those that are members of a group.
         everyone: all there are.
-        code: to close with, 1000 to 4999.
+        code: to close with, 1000 to 4999, but those that may not be sent, as 1005 and 1006.
         reason: to close with, up to 123 bytes. The client sees it.
 
     Raises:
@@ -72,6 +74,8 @@ class Command:
         code: object = self.code
         if not isinstance(code, int) or isinstance(code, bool) or not 1000 <= code <= 4999:
             raise InvalidMessage(f"a close code is an integer of 1000 to 4999, not {code!r}")
+        if code in _NOT_SENT or 1014 < code < 3000:
+            raise InvalidMessage(f"{code} cannot be sent as a close code")
         reason: object = self.reason
         if not isinstance(reason, str) or len(_encoded(reason)) > _MAX_REASON:
             raise InvalidMessage(f"a reason is a str of up to {_MAX_REASON} bytes")

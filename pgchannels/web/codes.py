@@ -15,6 +15,7 @@ __all__ = [
     "TOO_BIG",
     "TRY_AGAIN_LATER",
     "UNAUTHORIZED",
+    "cut",
 ]
 
 # RFC 6455, section 7.4.1, and the registry that it founds. 1005 and 1006 may not be sent.
@@ -46,3 +47,12 @@ OURS = frozenset(
 
 SENDABLE = frozenset({*range(1000, 1004), *range(1007, 1012), 1012, 1013, 1014, *range(3000, 5000)})
 """What may be sent. Not 1004, 1005, 1006 and 1015, which are reserved (RFC 6455, 7.4.1)."""
+
+# RFC 6455, section 5.5: a control frame has 125 bytes, of which the code takes two.
+_MAX_REASON = 123
+
+
+def cut(reason: str) -> str:
+    """What of *reason* there is room for; a server raises for what is longer."""
+    encoded = reason.encode(errors="replace")
+    return encoded[:_MAX_REASON].decode(errors="ignore")

@@ -211,13 +211,16 @@ class ConnectionManager:
             connection: itself, or its id.
             code: 1000 to 4999, but 1005 and 1006.
             reason: up to 123 bytes.
+
+        Raises:
+            InvalidMessage: the code or the reason cannot be sent.
         """
-        name = _id_of(connection)
-        local = self._connections.get(name)
+        command = Command("close", channel=_id_of(connection), code=code, reason=reason)
+        local = self._connections.get(_id_of(connection))
         if local is not None:
             local.close_soon(code, reason)
         else:
-            await self.layer.command(Command("close", channel=name, code=code, reason=reason))
+            await self.layer.command(command)
 
     # Send: what is stored in the log, and reaches whoever is concerned on any node
 

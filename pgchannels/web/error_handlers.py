@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from pgchannels.errors import PGChannelsError
+from pgchannels.web.codes import cut
 from pgchannels.web.errors import Problem, Severity, describe
 from pgchannels.web.refusal import body, headers, refuse
 
@@ -82,7 +83,7 @@ async def _close(websocket: WebSocket, error: Exception) -> None:
         if websocket.application_state is WebSocketState.CONNECTING:
             await refuse(websocket, problem)
         else:
-            await websocket.close(problem.ws_code, problem.code)
+            await websocket.close(problem.ws_code, cut(problem.code))
     except (RuntimeError, WebSocketDisconnect):
         logger.debug("the socket was gone before it could be closed")
 

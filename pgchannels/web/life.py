@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from pgchannels.errors import ChannelLayerClosed, InvalidMessage, UnknownPosition
-from pgchannels.web.codes import ABNORMAL
+from pgchannels.web.codes import ABNORMAL, INTERNAL_ERROR, SENDABLE
 from pgchannels.web.errors import Problem, SocketError, describe
 from pgchannels.web.liveness import Heartbeat
 from pgchannels.web.wire import Wire
@@ -105,7 +105,7 @@ class Life(Wire):
             return self._asked_to_close, None
         if isinstance(error, WebSocketException):
             self._part(error.reason, None)
-            return error.code, None
+            return (error.code if error.code in SENDABLE else INTERNAL_ERROR), None
         if isinstance(error, HTTPException) and is_early:
             return ABNORMAL, error  # whoever serves the application answers it
         if isinstance(error, UnknownPosition):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.responses import JSONResponse
 
-from pgchannels.web.codes import NORMAL
+from pgchannels.web.codes import NORMAL, cut
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
@@ -54,7 +54,7 @@ def refusal(connection: HTTPConnection, problem: Problem) -> HTTPException | Web
     """
     if connection.scope["type"] != "websocket" or _can_respond(connection):
         return HTTPException(problem.http_status, body(problem)["detail"], headers(problem))
-    return WebSocketException(problem.ws_code, problem.code)
+    return WebSocketException(problem.ws_code, cut(problem.code))
 
 
 def over(websocket: WebSocket) -> WebSocketException:
@@ -77,7 +77,7 @@ async def refuse(websocket: WebSocket, problem: Problem) -> None:
         response = JSONResponse(body(problem), problem.http_status, headers(problem))
         await websocket.send_denial_response(response)
     else:
-        await websocket.close(problem.ws_code, problem.code)
+        await websocket.close(problem.ws_code, cut(problem.code))
 
 
 def _can_respond(connection: HTTPConnection) -> bool:

@@ -23,6 +23,7 @@ from pgchannels.web.codes import (
     NORMAL,
     SENDABLE,
     TRY_AGAIN_LATER,
+    cut,
 )
 from pgchannels.web.errors import Problem, TokenExpired
 from pgchannels.web.frames import encode_json
@@ -106,22 +107,32 @@ class Wire:
             await self.websocket.accept(subprotocol, headers)
 
     async def close(self, code: int = NORMAL, reason: str | None = None) -> None:
-        """Close the socket. Before it was accepted, this refuses it with HTTP 403."""
+        """Close the socket. Before it was accepted, this refuses it with HTTP 403.
+
+        Args:
+            code: 1000 to 4999, but those that may not be sent, as 1005 and 1006.
+            reason: up to 123 bytes; what is more is cut off.
+
+        Raises:
+            ValueError: the code may not be sent.
+        """
+        if code not in SENDABLE:
+            raise ValueError(f"{code} cannot be sent as a close code")
         if self.websocket.application_state is not WebSocketState.DISCONNECTED:
             self._asked_to_close = code
-            await self.websocket.close(code, reason)
+            await self.websocket.close(code, cut(reason or ""))
 
     def close_soon(self, code: int, reason: str = "", farewell: object = None) -> None:
         """Close the socket soon, from outside of its tasks. At once; never raises.
 
         Args:
-            code: what it is closed with.
-            reason: up to 123 bytes.
+            code: what it is closed with; 1011 in place of one that may not be sent.
+            reason: up to 123 bytes; what is more is cut off.
             farewell: what is sent before that, as JSON.
         """
         if self._tasks.ended is None:
             self._part(reason, None if farewell is None else encode_json(farewell))
-            self._tasks.end(code)
+            self._tasks.end(code if code in SENDABLE else INTERNAL_ERROR)
 
     async def send_text(self, text: str) -> None:
         """Send a text frame, past the log."""

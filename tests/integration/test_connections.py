@@ -21,6 +21,7 @@ from pgchannels import (
     Command,
     ConfigurationError,
     DatabaseUnavailable,
+    InvalidMessage,
     MemoryLayer,
     Message,
 )
@@ -543,6 +544,61 @@ async def verify(token: str) -> Identity:
 
 def bearer(token: str) -> dict[str, Any]:
     return {"additional_headers": {"Authorization": f"Bearer {token}"}}
+
+
+class TestCloses:
+    """What cannot be said in a close frame as it is given."""
+
+    @pytest.mark.parametrize(
+        ("error", "code", "reason"),
+        [
+            (WebSocketException(4001, "é" * 100), 4001, "é" * 61),
+            (WebSocketException(1006, "r"), 1011, "r"),
+            (SocketError("no", code="c" * 200, disconnect=True), 1008, "c" * 123),
+        ],
+    )
+    async def test_raised(
+        self,
+        memory: MemoryLayer,
+        errors: Callable[[], list[str]],
+        error: Exception,
+        code: int,
+        reason: str,
+    ) -> None:
+        async def raising(_: Connection) -> None:
+            raise error
+
+        connections = ConnectionManager(memory)
+        async with serving(connections, raising) as address, address() as socket:
+            assert await closed(socket) == code
+            assert socket.close_reason == reason
+            await gone(connections)
+        assert errors() == []
+
+    async def test_soon(self, memory: MemoryLayer, errors: Callable[[], list[str]]) -> None:
+        connections = ConnectionManager(memory)
+        async with serving(connections) as address:
+            for code, sent in ((1005, 1011), (4000, 4000)):
+                async with address() as socket:
+                    await ready(socket)
+                    (connection,) = connections
+                    connection.close_soon(code, "x" * 200)
+                    assert await closed(socket) == sent
+                    assert socket.close_reason == "x" * 123
+                await gone(connections)
+        assert errors() == []
+
+    async def test_by_the_manager(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(memory)
+        async with serving(connections) as address, address() as socket:
+            for id in (await ready(socket), "ws.of.another.node"):
+                for code, reason in ((1006, ""), (2000, ""), (4000, "x" * 124)):
+                    with pytest.raises(InvalidMessage):
+                        await connections.disconnect(id, code, reason)
+            (connection,) = connections
+            with pytest.raises(ValueError, match="1005"):
+                await connection.close(1005)
+            assert await ask(socket, 1) == {"got": 1}
 
 
 class TestAuthentication:
