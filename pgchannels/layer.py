@@ -49,7 +49,7 @@ from pgchannels.messages import (
 )
 from pgchannels.payloads import DEFAULT, Serializer, encode_payload
 from pgchannels.propagation import context_headers
-from pgchannels.rates import Admission, FixedWindow, Rate, TokenBucket, check_cost
+from pgchannels.rates import Admission, Rate, TokenBucket, check_cost, check_rate
 from pgchannels.records import (
     ConnectionInfo,
     FollowerStatus,
@@ -727,8 +727,7 @@ class ChannelLayer(ABC):
             InvalidMessage: *key* is none.
             DatabaseUnavailable: it may or may not have been taken.
         """
-        if not isinstance(rate, (TokenBucket, FixedWindow)):
-            raise ConfigurationError(f"a rate is a TokenBucket or a FixedWindow, not {rate!r}")
+        check_rate(rate)
         check_cost(rate, cost)
         kind = "bucket" if isinstance(rate, TokenBucket) else "window"
         return await self._take(f"{kind}:{_short(_check_rate_key(key))}", rate, cost)

@@ -20,7 +20,16 @@ from typing import Any, NamedTuple, TypeAlias
 
 from pgchannels.errors import ConfigurationError
 
-__all__ = ["Admission", "Decision", "FixedWindow", "Limiter", "Rate", "TokenBucket", "check_cost"]
+__all__ = [
+    "Admission",
+    "Decision",
+    "FixedWindow",
+    "Limiter",
+    "Rate",
+    "TokenBucket",
+    "check_cost",
+    "check_rate",
+]
 
 MAX_COUNT = 2**31 - 1
 """Highest burst, limit, and rate a second."""
@@ -196,6 +205,16 @@ class FixedWindow:
 Rate: TypeAlias = TokenBucket | FixedWindow
 
 
+def check_rate(rate: object) -> None:
+    """Refuse what is no rate.
+
+    Raises:
+        ConfigurationError: it is neither a :class:`TokenBucket` nor a :class:`FixedWindow`.
+    """
+    if not isinstance(rate, (TokenBucket, FixedWindow)):
+        raise ConfigurationError(f"a rate is a TokenBucket or a FixedWindow, not {rate!r}")
+
+
 def check_cost(rate: Rate, cost: int) -> None:
     """Refuse what *rate* can never admit.
 
@@ -224,6 +243,8 @@ class Limiter:
 
     def __init__(self, rate: Rate, *more: Rate) -> None:
         self.rates: tuple[Rate, ...] = (rate, *more)
+        for each in self.rates:
+            check_rate(each)
         self._states: OrderedDict[Hashable, list[Any]] = OrderedDict()
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from pgchannels.channels import check_channel
-from pgchannels.errors import ChannelLayerClosed, DatabaseUnavailable
+from pgchannels.errors import ChannelLayerClosed, DatabaseUnavailable, UnknownPosition
 from pgchannels.messages import Position
 from pgchannels.web.auth import Identity
 from pgchannels.web.codes import ABNORMAL
@@ -428,7 +428,10 @@ class Connection(Life):
         if chain is not None and not chain.sees_outbound:
             chain = None
         while True:
-            messages = await stream.batch()
+            try:
+                messages = await stream.batch()
+            except UnknownPosition as error:
+                raise _rewritten(error) from error
             if stream.truncated:
                 stream.truncated = False
                 await self.truncated()
@@ -473,6 +476,8 @@ class Connection(Life):
         return self._live(self._admit(identity, user_id, metadata))
 
     def _stream_ended(self, error: BaseException) -> None:
+        if isinstance(error, UnknownPosition):
+            error = _rewritten(error)
         self._tasks.end(error if isinstance(error, Exception) else ChannelLayerClosed())
 
     async def _admit(
@@ -543,3 +548,8 @@ class Connection(Life):
                 logger.exception("%s could not be removed", self.channel_name)
         if limit.cancelled_caught:
             logger.warning("%s could not be removed in time", self.channel_name)
+
+
+def _rewritten(error: UnknownPosition) -> ChannelLayerClosed:
+    """Of a log that went back; a client that connects again hears whether its position is good."""
+    return ChannelLayerClosed(f"the log was rewritten: {error}")

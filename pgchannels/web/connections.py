@@ -16,10 +16,12 @@ from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
 from pgchannels.control import Command
-from pgchannels.errors import ChannelLayerClosed, ConfigurationError
+from pgchannels.errors import ChannelLayerClosed, ConfigurationError, InvalidMessage
 from pgchannels.layer import ChannelLayer
 from pgchannels.limits import Limits
-from pgchannels.web.auth import is_allowed
+from pgchannels.overflow import Overflow
+from pgchannels.web.auth import Authentication, Origins, is_allowed
+from pgchannels.web.callables import is_async_callable
 from pgchannels.web.codes import NORMAL, SERVICE_RESTART
 from pgchannels.web.connection import Connection
 from pgchannels.web.errors import (
@@ -32,7 +34,7 @@ from pgchannels.web.errors import (
 )
 from pgchannels.web.life import Over, Refused
 from pgchannels.web.liveness import Heartbeat
-from pgchannels.web.middleware import Chain
+from pgchannels.web.middleware import Chain, Middleware
 from pgchannels.web.refusal import over, refusal
 from pgchannels.web.statistics import Counts, Statistics
 from pgchannels.web.wire import ConnectionState
@@ -41,10 +43,8 @@ if TYPE_CHECKING:
     from fastapi import APIRouter
     from starlette.websockets import WebSocket
 
-    from pgchannels.overflow import Overflow
     from pgchannels.records import ConnectionInfo, Receipt
-    from pgchannels.web.auth import Action, Authentication, Authorize, Identity, Origins
-    from pgchannels.web.middleware import Middleware
+    from pgchannels.web.auth import Action, Authorize, Identity
 
 __all__ = ["ConnectionManager", "Shutdown", "check_layer"]
 
@@ -73,8 +73,9 @@ class Shutdown:
 
     def __post_init__(self) -> None:
         for name in ("reconnect_within", "timeout"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name} must not be negative: {getattr(self, name)!r}")
+            given: object = getattr(self, name)
+            if not isinstance(given, (int, float)) or not given >= 0:
+                raise ConfigurationError(f"{name} must be 0 seconds or more, not {given!r}")
 
 
 class ConnectionManager:
@@ -90,7 +91,7 @@ class ConnectionManager:
             async with connections.connect(socket, user_id=user.id) as connection:
                 await connection.join(f"room:{room}", after=connection.resume_position)
                 async for content in connection:
-                    await connection.publish(f"room:{room}", content)
+                    await connection.publish(f"room:{room}", {"content": content})
 
     Consumers are admitted by it with ``Room.as_endpoint(connections)``.
 
@@ -133,18 +134,26 @@ class ConnectionManager:
         shutdown: Shutdown = Shutdown(),
     ) -> None:
         check_layer(layer)
-        if send_timeout is not None and send_timeout <= 0:
-            raise ConfigurationError(f"send_timeout must be positive, not {send_timeout!r}")
         if max_frame_size is None:
             max_frame_size = layer.settings.max_message_size + FRAME_OVERHEAD
-        if max_frame_size < 1:
-            raise ConfigurationError(f"max_frame_size must be positive, not {max_frame_size!r}")
+        _check_number("send_timeout", send_timeout, (int, float))
+        _check_number("max_frame_size", max_frame_size, int)
+        _check("limits", limits, Limits)
+        _check("heartbeat", heartbeat, Heartbeat)
+        _check("shutdown", shutdown, Shutdown)
+        _check("origins", origins, Origins, None)
+        _check("authentication", authentication, Authentication, None)
+        _check("middleware", middleware, Middleware, None)
+        if authorize is not None and not is_async_callable(authorize):
+            raise ConfigurationError(
+                f"authorize is an async callable, of identity, action and channel: {authorize!r}"
+            )
         if origins is not None and origins.any and _has_cookies(authentication):
             raise ConfigurationError("with cookies, any site could act for its visitors: list them")
         self.layer = layer
         self.limits = limits
         self.heartbeat = heartbeat
-        self.overflow = overflow
+        self.overflow = Overflow.parse(overflow)
         self.send_timeout = send_timeout
         self.max_frame_size = max_frame_size
         self.origins = origins
@@ -376,7 +385,12 @@ class ConnectionManager:
 
     def metrics_router(self, **options: Any) -> APIRouter:
         """``GET /metrics``: see :func:`pgchannels.web.metrics.metrics_router`."""
-        from pgchannels.web.metrics import metrics_router
+        try:
+            from pgchannels.web.metrics import metrics_router
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                "metrics need prometheus_client: pip install 'pgchannels[metrics]'"
+            ) from error
 
         return metrics_router(self, **options)
 
@@ -447,6 +461,10 @@ class ConnectionManager:
                 exc_info=error,
                 extra={"error_id": problem.error_id, "connection": connection.id},
             )
+        elif isinstance(error, InvalidMessage):
+            # What is wrong with it may be what the client sent, or what was made of it here. No
+            # warning: a client could fill the log with them.
+            logger.info("%s answers with an error", type(connection).__name__, exc_info=error)
         elif isinstance(error, ChannelLayerClosed) and not connection.id:
             logger.error("a socket is refused: %s", error)
         elif problem.severity is not Severity.INFO:
@@ -468,6 +486,19 @@ class ConnectionManager:
         """Commands may have been lost: find out whom they would have concerned."""
         for connection in self:
             connection.reauthorize_soon()
+
+
+def _check(name: str, given: object, *kinds: type | None) -> None:
+    if not any(given is None if kind is None else isinstance(given, kind) for kind in kinds):
+        wanted = " or ".join("None" if kind is None else f"{kind.__name__}(…)" for kind in kinds)
+        raise ConfigurationError(f"{name} must be {wanted}, not {given!r}")
+
+
+def _check_number(name: str, given: object, kind: type | tuple[type, ...]) -> None:
+    if given is None:
+        return
+    if not isinstance(given, kind) or isinstance(given, bool) or not given > 0:  # type: ignore[operator]
+        raise ConfigurationError(f"{name} must be a positive number, not {given!r}")
 
 
 def _has_cookies(authentication: Authentication | None) -> bool:

@@ -14,7 +14,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from pgchannels.errors import ChannelLayerClosed, InvalidMessage, UnknownPosition
 from pgchannels.web.codes import ABNORMAL, INTERNAL_ERROR, SENDABLE
 from pgchannels.web.errors import Problem, SocketError, describe
 from pgchannels.web.liveness import Heartbeat
@@ -108,9 +107,6 @@ class Life(Wire):
             return (error.code if error.code in SENDABLE else INTERNAL_ERROR), None
         if isinstance(error, HTTPException) and is_early:
             return ABNORMAL, error  # whoever serves the application answers it
-        if isinstance(error, UnknownPosition):
-            # Of a call, the client would have been told: this is of a log that was rewritten.
-            error = ChannelLayerClosed()
         problem = self._note(error)
         if is_early:
             refused = Refused(problem)
@@ -148,10 +144,6 @@ class Life(Wire):
         is_early = self.websocket.application_state is WebSocketState.CONNECTING
         if problem.disconnects or (is_early and isinstance(error, SocketError)):
             raise error
-        if isinstance(error, InvalidMessage):
-            # What is wrong with it may be what the client sent, or what was made of it here. No
-            # warning: a client could fill the log with them.
-            logger.info("%s answers with an error", type(self).__name__, exc_info=error)
         await self.tell(error)
         return problem
 

@@ -42,6 +42,10 @@ class Heartbeat:
     def __post_init__(self) -> None:
         if self.by not in ("protocol", "json", "off"):
             raise ConfigurationError(f"a heartbeat is by 'protocol', 'json' or 'off': {self.by!r}")
+        for name in ("interval", "timeout"):
+            given: object = getattr(self, name)
+            if not isinstance(given, (int, float)):
+                raise ConfigurationError(f"a heartbeat's {name} is in seconds, not {given!r}")
         if not 0 < self.interval < self.timeout < inf:
             raise ConfigurationError(
                 f"a heartbeat's timeout ({self.timeout:g} s) must be longer than its interval "

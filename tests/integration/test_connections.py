@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -29,6 +30,7 @@ from pgchannels.web import (
     Authentication,
     AuthenticationError,
     AuthorizationError,
+    Capabilities,
     Connection,
     ConnectionManager,
     ConnectionState,
@@ -160,6 +162,37 @@ class TestFunctions:
                 # What is replayed and what the endpoint says are not in any order.
                 got = [await answer(socket) for _ in range(3)]
                 assert [each["data"]["n"] for each in got if "data" in each] == [1, 2]
+
+    @pytest.mark.parametrize(
+        ("after", "code"), [("1-99999", "unknown_position"), ("zz", "invalid_position")]
+    )
+    async def test_a_position_that_is_no_good(
+        self, layer: ChannelLayer, after: str, code: str
+    ) -> None:
+        async with (
+            serving(ConnectionManager(layer)) as address,
+            address(f"group=room&after={after}") as socket,
+        ):
+            assert (await answer(socket))["code"] == code
+            assert await closed(socket) == 1008
+
+    async def test_what_the_program_sends_wrongly_is_in_the_log(
+        self, memory: MemoryLayer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+
+        async def wrong(connection: Connection) -> None:
+            await connection.publish("room", "no object")
+
+        async with serving(ConnectionManager(memory), wrong) as address, address() as socket:
+            assert (await answer(socket))["code"] == "invalid_message"
+        assert "answers with an error" in caplog.text
+
+    async def test_nobody_has_opened_the_layer(self, errors: Callable[[], list[str]]) -> None:
+        async with serving(ConnectionManager(MemoryLayer())) as address:
+            assert (await refused(address()))[0] == 503
+        (error,) = errors()
+        assert "not open" in error
 
     async def test_the_block_ends_with_the_client(self, memory: MemoryLayer) -> None:
         ended: list[str] = []
@@ -1064,8 +1097,25 @@ class TestConfiguration:
         [
             {"send_timeout": 0},
             {"send_timeout": -1},
+            {"send_timeout": "30"},
             {"max_frame_size": 0},
+            {"max_frame_size": 1.5},
+            {"limits": 5},
+            {"limits": None},
+            {"heartbeat": 30},
+            {"shutdown": 10},
+            {"origins": "https://shop.example"},
+            {"origins": ["https://shop.example"]},
+            {"authentication": verify},
+            {"authentication": Authentication},
+            {"authorize": True},
+            {"authorize": Capabilities},
+            {"authorize": lambda identity, action, channel: True},
+            {"overflow": "dropoldest"},
+            {"middleware": Shout},
+            {"middleware": [Shout()]},
         ],
+        ids=str,
     )
     def test_what_cannot_be(self, options: dict[str, Any]) -> None:
         with pytest.raises(ConfigurationError):
@@ -1075,6 +1125,7 @@ class TestConfiguration:
         "options",
         [
             {"interval": 0},
+            {"interval": "30"},
             {"interval": 60, "timeout": 60},
             {"timeout": float("inf")},
             {"missed": 0},
@@ -1085,7 +1136,9 @@ class TestConfiguration:
         with pytest.raises(ConfigurationError):
             Heartbeat(**options)
 
-    @pytest.mark.parametrize("options", [{"reconnect_within": -1}, {"timeout": -0.1}])
+    @pytest.mark.parametrize(
+        "options", [{"reconnect_within": -1}, {"timeout": -0.1}, {"timeout": "5"}]
+    )
     def test_shutdown(self, options: dict[str, Any]) -> None:
         with pytest.raises(ConfigurationError):
             Shutdown(**options)

@@ -20,6 +20,7 @@ from pgchannels.web.auth.sources import (
     TokenSource,
     check_token,
 )
+from pgchannels.web.callables import is_async_callable
 from pgchannels.web.errors import AuthenticationError, SocketError
 from pgchannels.web.refusal import refusal
 
@@ -63,8 +64,13 @@ class Authentication:
         origins: Origins | None = None,
         revoked: Callable[[Identity], Awaitable[bool]] | None = None,
     ) -> None:
-        if not callable(verify):
+        if not is_async_callable(verify):
             raise ConfigurationError("verify is an async callable, from a token to an Identity")
+        if revoked is not None and not is_async_callable(revoked):
+            raise ConfigurationError("revoked is an async callable, from an Identity to a bool")
+        given: object = origins
+        if given is not None and not isinstance(given, Origins):
+            raise ConfigurationError(f"origins must be Origins(…), not {given!r}")
         self.sources = sources or (HeaderToken(), SubprotocolToken())
         for source in self.sources:
             if isinstance(source, type) or not hasattr(source, "ambient"):

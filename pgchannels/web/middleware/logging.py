@@ -56,6 +56,10 @@ class Logging(Middleware):
     ) -> None:
         if not 0 <= sample <= 1:
             raise ConfigurationError(f"sample must be 0 to 1, not {sample!r}")
+        if not isinstance(level, int):
+            raise ConfigurationError(f"level is a number such as logging.INFO, not {level!r}")
+        if logger is not None and not isinstance(logger, logging.Logger):
+            raise ConfigurationError(f"logger is a logging.Logger, not {logger!r}")
         self.sample = sample
         self.level = level
         self.exclude = types_of(exclude)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from pgchannels.errors import ConfigurationError
-from pgchannels.web.errors import FrameTooLarge, ValidationFailed
+from pgchannels.web.errors import FrameTooLarge, UnexpectedMessage, ValidationFailed
 from pgchannels.web.incoming import Frame
 from pgchannels.web.middleware.chain import Middleware
 from pgchannels.web.validation import problems
@@ -112,7 +112,7 @@ class Validation(Middleware):
         model = None if kind is None else self.models.get(kind)
         if model is None:
             if self.unknown == "refuse" and kind not in ANSWERED:
-                raise ValidationFailed("nothing here takes this message", code="unexpected_message")
+                raise UnexpectedMessage
             return
         try:
             model.model_validate(content)
