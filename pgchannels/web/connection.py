@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from pgchannels.channels import check_channel
@@ -78,6 +79,10 @@ class Connection(Life):
         self.connected_at = datetime.now(UTC)
         self._stream: Stream
         self._groups: set[str] = set()
+        self._subprotocol: str | None = None
+        self._headers: Iterable[tuple[bytes, bytes]] | None = None
+        self._revocations = 0
+        self._reauthorizations = 0
 
     # What it is
 
@@ -125,9 +130,19 @@ class Connection(Life):
     ) -> None:
         """Accept the socket, unless that has been done. ``connections.connect()`` does it."""
         authentication = self.connections.authentication
+        if subprotocol is None:
+            subprotocol = self._subprotocol
+        if headers is None:
+            headers = self._headers
         if subprotocol is None and authentication is not None:
             subprotocol = authentication.accept_subprotocol(self.websocket)
         await super().accept(subprotocol, headers)
+
+    def accept_with(
+        self, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]] | None
+    ) -> None:
+        """Say what it is accepted with, if :meth:`accept` does not: it may be soon."""
+        self._subprotocol, self._headers = subprotocol, headers
 
     # Whose it is, what it reads
 
@@ -169,8 +184,7 @@ class Connection(Life):
             AuthorizationError: the manager's ``authorize`` says no; likewise.
             TooManyChannels: it reads as many as the limits allow; likewise.
         """
-        await self._check_allowed("subscribe", group)
-        with self._counting(group):
+        async with self._allowed_to_read(group):
             await self._stream.join(group, after or None)
 
     async def leave(self, group: str) -> None:
@@ -199,9 +213,8 @@ class Connection(Life):
         Raises:
             GroupFull: it has as many members as the limits allow. And as :meth:`join`.
         """
-        await self._check_allowed("subscribe", group)
         limit = self.connections.limits.group_members
-        with self._counting(group):
+        async with self._allowed_to_read(group):
             known = self._stream.reads(group)
             # First, so that nothing that is sent to members can fall in between.
             await self._stream.join_group(group, after or None)
@@ -214,8 +227,26 @@ class Connection(Life):
 
     async def group_discard(self, group: str) -> None:
         """End the membership, and forward no more of *group*."""
-        await self.layer.group_discard(group, self.channel_name)
+        # First: where the database is away, it is not read on.
         await self.leave(group)
+        await self.layer.group_discard(group, self.channel_name)
+
+    @asynccontextmanager
+    async def _allowed_to_read(self, group: str) -> AsyncIterator[None]:
+        """Ask before *group* is joined, and again if the answer may have changed meanwhile."""
+        asked = self._reauthorizations
+        await self._check_allowed("subscribe", group)
+        with self._counting(group):
+            yield
+        if self._reauthorizations == asked:
+            return
+        try:
+            if group not in self._groups:  # denied, before it was there to be left
+                raise AuthorizationError(context={"action": "subscribe", "channel": group})
+            await self._check_allowed("subscribe", group)
+        except BaseException:
+            await self.group_discard(group)
+            raise
 
     @contextmanager
     def _counting(self, group: str) -> Iterator[None]:
@@ -280,13 +311,23 @@ class Connection(Life):
         if authentication is None or self.identity is None:
             raise AuthenticationError("there is nothing to refresh", disconnect=False)
         identity = await authentication.refresh(token, self.identity)
+        revocations = self.connections.revocations
         await self.connections.check_not_revoked(identity)
         self._assume(identity)
         self._watch()
-        await self.reauthorize()
+        if self.connections.revocations != revocations:
+            self.reauthorize_soon()  # the new token may have been meant, and was not known yet
+        try:
+            await self.reauthorize()
+        except Exception as error:
+            # Told so, the client would go on with the new token, and read what the old one opened.
+            self._tasks.end(error)
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            raise
 
     async def reauthorize(self) -> None:
         """Ask ``authorize`` again for each channel that is read, and leave those that it denies."""
+        self._reauthorizations += 1
         for group in sorted(self._groups):
             if not await self.connections.allows(self.identity, "subscribe", group):
                 await self.group_discard(group)
@@ -300,11 +341,12 @@ class Connection(Life):
 
     async def _reauthorize(self) -> None:
         identity = self.identity
-        if identity is None and self.user_id is not None:
-            # Of who was found out by other means, it is known since when it is so.
-            identity = Identity(self.user_id, issued_at=self.connected_at)
         if identity is not None:
             await self.connections.check_not_revoked(identity)
+        if self.user_id is not None and (identity is None or identity.user_id != self.user_id):
+            # Of who was found out by other means, it is known since when it is so.
+            found = Identity(self.user_id, issued_at=self.connected_at)
+            await self.connections.check_not_revoked(found)
         await self.reauthorize()
 
     def is_meant_by(self, command: Command) -> bool:
@@ -312,7 +354,7 @@ class Connection(Life):
         return (
             command.everyone
             or command.channel == self.channel_name
-            or (command.user_id is not None and command.user_id == self.user_id)
+            or (command.user_id is not None and command.user_id in self._users)
             or (command.group is not None and self._stream.reads(command.group))
             or (
                 command.token_id is not None
@@ -320,6 +362,11 @@ class Connection(Life):
                 and command.token_id == self.identity.token_id
             )
         )
+
+    @property
+    def _users(self) -> tuple[str | None, str | None]:
+        """Whose it is, and whose token it came with: an endpoint may have told them apart."""
+        return self.user_id, None if self.identity is None else self.identity.user_id
 
     def _assume(self, identity: Identity) -> None:
         self.identity = identity
@@ -428,10 +475,7 @@ class Connection(Life):
         if chain is not None and not chain.sees_outbound:
             chain = None
         while True:
-            try:
-                messages = await stream.batch()
-            except UnknownPosition as error:
-                raise _rewritten(error) from error
+            messages = await stream.batch()
             if stream.truncated:
                 stream.truncated = False
                 await self.truncated()
@@ -460,6 +504,8 @@ class Connection(Life):
         identity: Identity | None = None,
         user_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        *,
+        begin: Callable[[], Awaitable[None]] | None = None,
     ) -> AbstractAsyncContextManager[None]:
         """Serve the socket in a block, and close it after. It is not accepted yet.
 
@@ -467,18 +513,22 @@ class Connection(Life):
             identity: who it is, if that is known already.
             user_id: whose it is; the identity's if None.
             metadata: what presence shows of it.
+            begin: is awaited before the block. If it is given, whoever has the block closes the
+                socket in place of it when it does not begin.
 
         Raises:
             Refused: the socket was not accepted.
-            Over: it ended before the block began.
+            Unserved: it was at its end before the block began.
             Exception: what nobody expected, as it is. The client and the log have its id.
         """
-        return self._live(self._admit(identity, user_id, metadata))
+        return self._live(self._admit(identity, user_id, metadata), begin)
 
     def _stream_ended(self, error: BaseException) -> None:
-        if isinstance(error, UnknownPosition):
-            error = _rewritten(error)
-        self._tasks.end(error if isinstance(error, Exception) else ChannelLayerClosed())
+        # The log may have been rewritten. That is not the client's doing, as an unknown position
+        # that it gives is: it connects again, and is told then.
+        if isinstance(error, UnknownPosition) or not isinstance(error, Exception):
+            error = ChannelLayerClosed()
+        self._tasks.end(error)
 
     async def _admit(
         self,
@@ -496,6 +546,8 @@ class Connection(Life):
                 # The token comes with the first message. Before that, nothing is kept for it.
                 await self.accept()
                 identity = await self._introduction(connections.authentication)
+        # In this order: what is revoked after it was asked about is told of.
+        self._revocations = connections.arrive(self)
         if identity is not None:
             await connections.check_not_revoked(identity)
             self._assume(identity)
@@ -527,6 +579,10 @@ class Connection(Life):
             self.connections.enter(self)
             yield
 
+    def _tasks_run(self) -> None:
+        if self.connections.revocations != self._revocations:
+            self.reauthorize_soon()  # it may have been meant, and was not known yet
+
     def _note(self, error: Exception) -> Problem:
         return self.connections.note(error, self)
 
@@ -548,8 +604,3 @@ class Connection(Life):
                 logger.exception("%s could not be removed", self.channel_name)
         if limit.cancelled_caught:
             logger.warning("%s could not be removed in time", self.channel_name)
-
-
-def _rewritten(error: UnknownPosition) -> ChannelLayerClosed:
-    """Of a log that went back; a client that connects again hears whether its position is good."""
-    return ChannelLayerClosed(f"the log was rewritten: {error}")

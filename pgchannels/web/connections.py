@@ -9,11 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any
+
+from starlette.exceptions import WebSocketException
 
 from pgchannels.control import Command
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError, InvalidMessage
@@ -22,7 +31,7 @@ from pgchannels.limits import Limits
 from pgchannels.overflow import Overflow
 from pgchannels.web.auth import Authentication, Origins, is_allowed
 from pgchannels.web.callables import is_async_callable
-from pgchannels.web.codes import NORMAL, SERVICE_RESTART
+from pgchannels.web.codes import NORMAL, SERVICE_RESTART, cut
 from pgchannels.web.connection import Connection
 from pgchannels.web.errors import (
     AuthenticationError,
@@ -32,10 +41,10 @@ from pgchannels.web.errors import (
     SocketError,
     describe,
 )
-from pgchannels.web.life import Over, Refused
+from pgchannels.web.life import Refused, Unserved
 from pgchannels.web.liveness import Heartbeat
 from pgchannels.web.middleware import Chain, Middleware
-from pgchannels.web.refusal import over, refusal
+from pgchannels.web.refusal import refusal
 from pgchannels.web.statistics import Counts, Statistics
 from pgchannels.web.wire import ConnectionState
 
@@ -163,6 +172,9 @@ class ConnectionManager:
         self.shutdown = shutdown
         self.is_draining = False
         """Whether this server shuts down, and admits nobody any more."""
+        self.revocations = 0
+        """How often somebody's rights may have changed since there was a connection."""
+        self._known: set[Connection] = set()  # and those that have been admitted
         self._connections: dict[str, Connection] = {}
         self._counts = Counts()
         self._empty = asyncio.Event()
@@ -198,18 +210,21 @@ class ConnectionManager:
         Raises:
             HTTPException: the socket is refused; the application answers it with that status. On a
                 server that cannot do so, a ``WebSocketException``.
-            WebSocketException: likewise, it has ended before it said who it is. It is closed.
+            WebSocketException: the socket was at its end before the block could begin, after it had
+                been accepted; the application closes it by that.
         """
         connection = Connection(websocket, self)
+        connection.accept_with(subprotocol, headers)
         try:
-            async with connection.life(identity, user_id, metadata):
-                await connection.accept(subprotocol, headers)
-                await connection.start()
+            async with connection.life(identity, user_id, metadata, begin=connection.start):
                 yield connection
         except Refused as refused:
             raise refusal(websocket, refused.problem) from refused
-        except Over:
-            raise over(websocket) from None
+        except Unserved as unserved:
+            if unserved.code is None:
+                # What the application sends for it would be one more error, in the server's log.
+                websocket._send = _nowhere  # noqa: SLF001 - there is no other way
+            raise WebSocketException(unserved.code or NORMAL, cut(unserved.reason)) from None
 
     async def disconnect(
         self, connection: Connection | str, code: int = NORMAL, reason: str = ""
@@ -423,11 +438,22 @@ class ConnectionManager:
         """Whether ``authorize`` says so; without one, everything is the endpoint's to decide."""
         return self.authorize is None or await is_allowed(self.authorize, identity, action, channel)
 
+    def arrive(self, connection: Connection) -> int:
+        """A connection is about to be admitted. How many revocations there have been.
+
+        Raises:
+            ChannelLayerClosed: the layer is not open.
+        """
+        if self._unwatch is None:
+            self._unwatch = self.layer.watch_commands(self._obey, self._missed)
+        self._known.add(connection)
+        return self.revocations
+
     def enter(self, connection: Connection) -> None:
         """A connection has been admitted."""
         if not self._connections:
-            self._unwatch = self.layer.watch_commands(self._obey, self._missed)
-            self._empty.clear()
+            # Another one: an application may be started again, in another loop.
+            self._empty = asyncio.Event()
         self._connections[connection.id] = connection
         self._counts.opened += 1
         if self.is_draining:  # it was on its way
@@ -440,9 +466,10 @@ class ConnectionManager:
             self._counts.closed[connection.close_code or 0] += 1
             if not self._connections:
                 self._empty.set()
-                if self._unwatch is not None:
-                    self._unwatch()
-                    self._unwatch = None
+        self._known.discard(connection)
+        if not self._known and self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
         if self.middleware is not None:
             self.middleware.closed(connection)
 
@@ -474,6 +501,8 @@ class ConnectionManager:
     # What other nodes say
 
     def _obey(self, command: Command) -> None:
+        if command.action == "reauthorize":
+            self.revocations += 1
         for connection in self:
             if not connection.is_meant_by(command):
                 continue
@@ -484,6 +513,7 @@ class ConnectionManager:
 
     def _missed(self) -> None:
         """Commands may have been lost: find out whom they would have concerned."""
+        self.revocations += 1
         for connection in self:
             connection.reauthorize_soon()
 
@@ -509,6 +539,10 @@ def check_layer(layer: object) -> None:
     """Raise :class:`ConfigurationError` for anything that is not a layer."""
     if not isinstance(layer, ChannelLayer):
         raise ConfigurationError(f"expected a channel layer, not {layer!r}")
+
+
+async def _nowhere(message: MutableMapping[str, Any]) -> None:
+    """Sends nothing, for nobody is there."""
 
 
 def _id_of(connection: Connection | str) -> str:

@@ -16,14 +16,14 @@ import anyio
 from pydantic import ValidationError
 from starlette.websockets import WebSocket
 
-from pgchannels.errors import ConfigurationError
+from pgchannels.errors import ConfigurationError, PGChannelsError
 from pgchannels.messages import FRAME
 from pgchannels.web.annotations import defining_namespace, parameters
 from pgchannels.web.connection import Connection
 from pgchannels.web.connections import ConnectionManager
 from pgchannels.web.endpoint import make_endpoint
 from pgchannels.web.handlers import EventHandlers, Handler, find_events, find_receivers
-from pgchannels.web.life import Over, Refused
+from pgchannels.web.life import Refused, Unserved
 from pgchannels.web.refusal import refuse
 from pgchannels.web.validation import problems
 from pgchannels.web.wire import CLOSING_TIME
@@ -163,8 +163,8 @@ class WebSocketConsumer(Connection):
                 await self._serve(values)
         except Refused as refused:
             await refuse(self.websocket, refused.problem)
-        except Over:
-            return
+        except Unserved:
+            pass  # it is closed
         except Exception as error:
             if error is not self._failed_by:
                 raise
@@ -207,4 +207,9 @@ class WebSocketConsumer(Connection):
         # Also when the server cancels: what disconnect() has to put in order must be.
         if self._connecting:
             with anyio.move_on_after(CLOSING_TIME, shield=True):
-                await self.disconnect(code)
+                try:
+                    await self.disconnect(code)
+                except PGChannelsError as error:
+                    # For nobody but the log: where an application answers these, it is the end.
+                    self._note(error)
+                    raise

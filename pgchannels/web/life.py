@@ -8,18 +8,20 @@ and deaf. Who serves it says, in a subclass, what admitting and letting go are.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
+import anyio.lowlevel
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from pgchannels.web.codes import ABNORMAL, INTERNAL_ERROR, SENDABLE
+from pgchannels.errors import PGChannelsError
+from pgchannels.web.codes import ABNORMAL, INTERNAL_ERROR, SENDABLE, SERVICE_RESTART
 from pgchannels.web.errors import Problem, SocketError, describe
 from pgchannels.web.liveness import Heartbeat
 from pgchannels.web.wire import Wire
 
-__all__ = ["Life", "Over", "Refused"]
+__all__ = ["Life", "Refused", "Unserved"]
 
 logger = logging.getLogger("pgchannels.web")
 
@@ -32,11 +34,19 @@ class Refused(Exception):
         super().__init__(problem.code)
 
 
-class Over(Exception):
-    """A socket has ended before it was admitted, and there is nothing left to be done about it.
+class Unserved(Exception):
+    """A socket was at its end before its block began. A client that is there has been told.
 
-    It had been accepted, to hear who it is: it has been told otherwise and closed, or is gone.
+    Attributes:
+        code: what it is to be closed with, if whoever serves it has left that to do; None if the
+            client is gone, and nothing can be sent.
+        reason: likewise.
     """
+
+    def __init__(self, code: int | None, reason: str) -> None:
+        self.code = code
+        self.reason = reason
+        super().__init__(reason)
 
 
 class Life(Wire):
@@ -55,6 +65,9 @@ class Life(Wire):
         """A block in which it is there for others, and others for it."""
         raise NotImplementedError
 
+    def _tasks_run(self) -> None:
+        """It has been admitted, and tasks may be spawned from now on."""
+
     def _note(self, error: Exception) -> Problem:
         """Count and log an error, and say what a client may hear of it."""
         raise NotImplementedError
@@ -69,8 +82,16 @@ class Life(Wire):
     # From its beginning to its end
 
     @asynccontextmanager
-    async def _live(self, admitting: Awaitable[None]) -> AsyncIterator[None]:
-        code = ABNORMAL
+    async def _live(
+        self, admitting: Awaitable[None], begin: Callable[[], Awaitable[None]] | None = None
+    ) -> AsyncIterator[None]:
+        """The block. With *begin*, which comes before it, it may be somebody else's.
+
+        That one's block cannot be left out: if it is not to begin, :class:`Unserved` is raised
+        where it would have been, and whoever answers that closes the socket.
+        """
+        # If it is cancelled, by a server that ends or by a timeout around it: come again.
+        code = SERVICE_RESTART
         raised: Exception | None = None
         has_begun = False
         try:
@@ -79,27 +100,39 @@ class Life(Wire):
                 raise _Told(problem)
             async with self._reading(), self._tasks.running():
                 self._watch()
+                self._tasks_run()
+                if begin is not None:
+                    await begin()
+                # Whoever has been sent away meanwhile is not served for a moment first.
+                await anyio.lowlevel.checkpoint_if_cancelled()
                 has_begun = True
                 yield
             code = self._gone or self._asked_to_close or self._tasks.code
         except Exception as error:  # noqa: BLE001 - raised again, if it was not expected
+            code = INTERNAL_ERROR  # should even what follows fail
             code, raised = self._ended_by(error)
         finally:
-            await self._finish(code, is_refused=isinstance(raised, Refused))
+            closes = (has_begun or begin is None) and not isinstance(raised, Refused)
+            await self._finish(code, closes=closes)
         if raised is not None:
             raise raised
         if not has_begun:
-            raise Over
+            raise Unserved(code if self._gone is None else None, self._reason)
 
     def _ended_by(self, error: Exception) -> tuple[int, Exception | None]:
         """What to close the socket with because of *error*, and what is then to be raised."""
         is_early = self.websocket.application_state is WebSocketState.CONNECTING
+        error = _the_one(error)
         if isinstance(error, _Told):
             return error.problem.ws_code, None
         if isinstance(error, WebSocketDisconnect):
             self._gone = self._gone or error.code
             return self._gone, None
-        if self._asked_to_close is not None:
+        if isinstance(error, StopAsyncIteration) and self._gone is not None:
+            return self._gone, None  # of anext(), which nobody has caught
+        if self._asked_to_close is not None and all(
+            isinstance(each, RuntimeError) for each in _leaves(error)
+        ):
             # Once it has been closed, sending to it fails as it should.
             return self._asked_to_close, None
         if isinstance(error, WebSocketException):
@@ -115,12 +148,14 @@ class Life(Wire):
         self._part(problem.code, problem.response().encode())
         if problem.error_id is not None:
             self._failed_by = error
+        if self._asked_to_close is not None:
+            return self._asked_to_close, self._failed_by
         return problem.ws_code, self._failed_by
 
-    async def _finish(self, code: int, *, is_refused: bool) -> None:
+    async def _finish(self, code: int, *, closes: bool) -> None:
         try:
             # Who is refused is told by whoever has asked for the socket.
-            await self._take_leave(ABNORMAL if is_refused else code)
+            await self._take_leave(code, closes=closes)
         finally:
             self.close_code = code
             try:
@@ -139,6 +174,8 @@ class Life(Wire):
         return None
 
     async def _tell_or_raise(self, error: Exception) -> Problem:
+        self._tasks.forget_cancellation()
+        error = _the_one(error)
         problem = describe(error)
         # Before it is accepted, there is a better answer than a socket that is then closed.
         is_early = self.websocket.application_state is WebSocketState.CONNECTING
@@ -153,6 +190,28 @@ class Life(Wire):
         Of one that nobody expected, the client gets the id under which the log has it.
         """
         await self._send_error(self._note(error))
+
+
+def _the_one(error: Exception) -> Exception:
+    """What a group of exceptions comes down to, if that is one that has a meaning here.
+
+    Where several tasks serve a socket, the end of the client may reach each of them.
+    """
+    if not isinstance(error, ExceptionGroup):
+        return error
+    leaves = list(_leaves(error))
+    others = [each for each in leaves if not isinstance(each, WebSocketDisconnect)]
+    known = (PGChannelsError, WebSocketDisconnect, WebSocketException, HTTPException)
+    found = others[0] if others else leaves[0]
+    return found if len(others) <= 1 and isinstance(found, known) else error
+
+
+def _leaves(error: Exception) -> Iterator[Exception]:
+    if isinstance(error, ExceptionGroup):
+        for each in error.exceptions:
+            yield from _leaves(each)
+    else:
+        yield error
 
 
 class _Told(Exception):

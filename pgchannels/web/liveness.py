@@ -93,6 +93,8 @@ class Liveness:
         self._send_timeout = inf if send_timeout is None else send_timeout
         self.heard_at = now
         """When the client last sent something."""
+        self._silent_since = now
+        self._listens = True
         self._asked = 0
         self._sending = 0
         self._progress_at = now
@@ -100,8 +102,19 @@ class Liveness:
 
     def heard(self, now: float) -> None:
         """The client has sent something."""
-        self.heard_at = now
+        self.heard_at = self._silent_since = now
         self._asked = 0
+
+    def deaf(self) -> None:
+        """Nobody waits for what the client sends: it may have answered, and is asked nothing."""
+        self._listens = False
+
+    def listens(self, now: float) -> None:
+        """Somebody waits for it, from now on. What was sent before then is heard at once."""
+        if not self._listens:
+            self._listens = True
+            self._silent_since = now
+            self._asked = 0
 
     def sending(self, now: float) -> None:
         """Something is about to be sent."""
@@ -131,8 +144,10 @@ class Liveness:
         if not self._asks:
             return Verdict.FINE, again
         heartbeat = self._heartbeat
-        ask_at = self.heard_at + (self._asked + 1) * heartbeat.interval
-        gone_at = self.heard_at + heartbeat.timeout
+        if not self._listens:
+            return Verdict.FINE, min(again, now + heartbeat.interval)
+        ask_at = self._silent_since + (self._asked + 1) * heartbeat.interval
+        gone_at = self._silent_since + heartbeat.timeout
         if now >= gone_at or (now >= ask_at and self._asked >= heartbeat.missed):
             return Verdict.GONE, inf
         if now < ask_at:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.responses import JSONResponse
 
-from pgchannels.web.codes import NORMAL, cut
+from pgchannels.web.codes import cut
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pgchannels.web.errors import Problem
 
-__all__ = ["body", "headers", "over", "refusal", "refuse"]
+__all__ = ["body", "headers", "refusal", "refuse"]
 
 _EXTENSION = "websocket.http.response"
 
@@ -55,20 +55,6 @@ def refusal(connection: HTTPConnection, problem: Problem) -> HTTPException | Web
     if connection.scope["type"] != "websocket" or _can_respond(connection):
         return HTTPException(problem.http_status, body(problem)["detail"], headers(problem))
     return WebSocketException(problem.ws_code, cut(problem.code))
-
-
-def over(websocket: WebSocket) -> WebSocketException:
-    """What to raise in an endpoint that is not to run, because its socket has been closed already.
-
-    Whoever serves the application knows no exception that says so: it would close the socket by
-    this one, which from now on does nothing, where any other would be logged as an error.
-    """
-
-    async def close(code: int = NORMAL, reason: str | None = None) -> None:
-        """It is closed."""
-
-    websocket.close = close  # type: ignore[method-assign]
-    return WebSocketException(NORMAL)
 
 
 async def refuse(websocket: WebSocket, problem: Problem) -> None:

@@ -25,6 +25,8 @@ class SocketTasks:
     def __init__(self) -> None:
         self._group: TaskGroup | None = None
         self._first: int | Exception | None = None
+        self._host: asyncio.Task[Any] | None = None
+        self._cancelling = 0
 
     @property
     def ended(self) -> int | Exception | None:
@@ -43,6 +45,8 @@ class SocketTasks:
         What a task has raised is raised here. Where the end came from outside of the block,
         the block is cancelled, and no exception leaves it.
         """
+        self._host = asyncio.current_task()
+        self._cancelling = 0 if self._host is None else self._host.cancelling()
         try:
             async with anyio.create_task_group() as group:
                 self._group = group
@@ -54,13 +58,27 @@ class SocketTasks:
                 except asyncio.CancelledError as error:
                     self._cancelled(error)
                 except Exception as error:  # noqa: BLE001 - raised again below
+                    self.forget_cancellation()
                     self.end(error)
                 else:
                     self.end(NORMAL)
         finally:
             self._group = None
+            if self._first is None:
+                self._first = INTERNAL_ERROR  # the block was cancelled, from far outside
         if isinstance(self._first, Exception):
             raise self._first
+
+    def forget_cancellation(self) -> None:
+        """An exception has come out of what was awaited, and nobody ends the tasks.
+
+        Before Python 3.13, asyncio's TaskGroup may cancel the task that it is in and not take that
+        back. Anyio would then not know its own cancellation, and let it out of the block.
+        """
+        task, group = self._host, self._group
+        if task is asyncio.current_task() and group and not group.cancel_scope.cancel_called:
+            while task and task.cancelling() > self._cancelling:
+                task.uncancel()
 
     def spawn(self, coroutine: Coroutine[Any, Any, object]) -> None:
         """Run *coroutine* beside the others. If it raises, that ends them all.

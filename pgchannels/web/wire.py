@@ -70,6 +70,7 @@ class Wire:
         self._tasks = SocketTasks()
         self._loop = asyncio.get_running_loop()
         self._liveness = Liveness(heartbeat, send_timeout, self._loop.time())
+        self._liveness.deaf()
         self._timer: asyncio.TimerHandle | None = None
         self._asked_to_close: int | None = None
         self._gone: int | None = None
@@ -102,9 +103,17 @@ class Wire:
     async def accept(
         self, subprotocol: str | None = None, headers: Iterable[tuple[bytes, bytes]] | None = None
     ) -> None:
-        """Accept the socket, unless that has been done."""
+        """Accept the socket, unless that has been done.
+
+        Raises:
+            WebSocketDisconnect: the client has not waited for it.
+        """
         if self.websocket.application_state is WebSocketState.CONNECTING:
-            await self.websocket.accept(subprotocol, headers)
+            try:
+                await self.websocket.accept(subprotocol, headers)
+            except OSError:
+                # As Starlette has it of sends, but for this one.
+                raise WebSocketDisconnect(ABNORMAL) from None
 
     async def close(self, code: int = NORMAL, reason: str | None = None) -> None:
         """Close the socket. Before it was accepted, this refuses it with HTTP 403.
@@ -178,7 +187,11 @@ class Wire:
         """What the client sends. Ends as an iterator does when it is gone."""
         if self._gone is not None:
             raise StopAsyncIteration
-        received = await self.websocket.receive()
+        self._liveness.listens(self._loop.time())
+        try:
+            received = await self.websocket.receive()
+        finally:
+            self._liveness.deaf()
         if received["type"] == "websocket.disconnect":
             self._gone = int(received.get("code") or ABNORMAL)
             raise StopAsyncIteration
@@ -220,25 +233,27 @@ class Wire:
         """With which words the socket is to be closed."""
         self._reason, self._farewell = reason, farewell
 
-    async def _take_leave(self, code: int) -> None:
+    async def _take_leave(self, code: int, *, closes: bool = True) -> None:
         """Close the socket with *code*, if it is still open; not for longer than a moment.
 
-        A client that takes nothing by then is dropped, and does not hear the code.
+        A client that takes nothing by then is dropped, and does not hear the code. Without
+        *closes*, somebody else closes it, and it is only sent what comes before that.
         """
         self._watch_no_more()
         if self._gone is None and code in SENDABLE:
             # Also when the server cancels: a client must know why, and whether to come back.
             with anyio.move_on_after(CLOSING_TIME, shield=True) as limit:
-                await self._say_goodbye(code)
+                await self._say_goodbye(code, closes=closes)
             if limit.cancelled_caught:
                 abort(self.websocket)
             else:
                 abort_unless_written(self.websocket, CLOSING_TIME)
 
-    async def _say_goodbye(self, code: int) -> None:
+    async def _say_goodbye(self, code: int, *, closes: bool) -> None:
         try:
             if self._farewell and self.websocket.application_state is WebSocketState.CONNECTED:
                 await self.websocket.send_text(self._farewell)
-            await self.close(code, self._reason)
+            if closes:
+                await self.close(code, self._reason)
         except (RuntimeError, WebSocketDisconnect):
             logger.debug("the socket was gone before it could be closed")

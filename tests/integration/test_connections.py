@@ -6,16 +6,16 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException, WebSocketException
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from pgchannels import (
     ChannelLayer,
@@ -579,6 +579,222 @@ def bearer(token: str) -> dict[str, Any]:
     return {"additional_headers": {"Authorization": f"Bearer {token}"}}
 
 
+class TestWhatTheBlockRaises:
+    async def ended_by(self, connections: ConnectionManager, serve_one: Serve) -> int:
+        """The code that a client sees, which sends one frame and waits."""
+        async with serving(connections, serve_one) as address, address("after=9-9") as socket:
+            with suppress(ConnectionClosed):
+                await socket.send("1")
+            code = await closed(socket)
+        await gone(connections)
+        return code
+
+    async def test_in_a_group(self, memory: MemoryLayer, errors: Callable[[], list[str]]) -> None:
+        """Of asyncio's, as several tasks on one socket have it."""
+
+        async def serve_one(connection: Connection) -> None:
+            async def receive() -> None:
+                await anext(connection)
+                raise AuthorizationError
+
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(receive())
+
+        assert await self.ended_by(ConnectionManager(memory), serve_one) == 3003
+        assert errors() == []
+
+    async def test_the_client_is_gone(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        async def in_tasks(connection: Connection) -> None:
+            async def receive() -> None:
+                async for _ in connection:
+                    pass
+                raise WebSocketDisconnect(1000)
+
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(receive())
+                tasks.create_task(asyncio.Event().wait())
+
+        async def next_frame(connection: Connection) -> None:
+            await anext(connection)
+
+        for serve_one in (in_tasks, next_frame):
+            connections = ConnectionManager(memory)
+            async with serving(connections, serve_one) as address:
+                async with address():
+                    await eventually(lambda: len(connections))  # noqa: B023
+                await gone(connections)
+            assert connections.statistics().closed == {1000: 1}
+        assert errors() == []
+
+    async def test_a_group_that_nobody_expected(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        async def serve_one(connection: Connection) -> None:
+            raise ExceptionGroup("", [AuthorizationError(), ValueError("bug")])
+
+        assert await self.ended_by(ConnectionManager(memory), serve_one) == 1011
+        assert len(errors()) == 2  # ours, and the server's
+
+    async def test_a_position_of_the_clients(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        """Told that the server shuts down, it would come again with the same one, for ever."""
+
+        async def serve_one(connection: Connection) -> None:
+            await connection.join("room", after=connection.resume_position)
+
+        connections = ConnectionManager(memory)
+        assert await self.ended_by(connections, serve_one) == 1008
+        assert connections.statistics().errors == {"unknown_position": 1}
+        assert errors() == []
+
+    async def test_a_bug_after_it_was_closed(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        async def serve_one(connection: Connection) -> None:
+            await connection.close(4000)
+            raise ValueError("bug")
+
+        connections = ConnectionManager(memory)
+        assert await self.ended_by(connections, serve_one) == 4000
+        assert connections.statistics().errors == {"internal_error": 1}
+        assert len(errors()) == 2
+
+    async def test_sending_after_it_was_closed(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        async def serve_one(connection: Connection) -> None:
+            await connection.close(4000)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(connection.send_text("late"))
+                tasks.create_task(connection.send_text("later"))
+
+        assert await self.ended_by(ConnectionManager(memory), serve_one) == 4000
+        assert errors() == []
+
+    async def test_cancelled(self, memory: MemoryLayer) -> None:
+        """Where the endpoint goes on, the socket would stay open, and nobody would serve it."""
+        connections, app = ConnectionManager(memory), FastAPI()
+        go_on = asyncio.Event()
+
+        @app.websocket("/ws")
+        async def endpoint(websocket: WebSocket) -> None:
+            try:
+                async with asyncio.timeout(0.05), connections.connect(websocket):
+                    await asyncio.Event().wait()
+            except TimeoutError:
+                await go_on.wait()
+
+        async with serve(app) as address, Address(address)() as socket:
+            assert await closed(socket) == 1012
+            go_on.set()
+        assert connections.statistics().closed == {1012: 1}
+
+    async def test_an_error_that_cannot_be_said(self, memory: MemoryLayer) -> None:
+        async def serve_one(connection: Connection) -> None:
+            raise SocketError(context={"what": object()}, disconnect=True)
+
+        assert await self.ended_by(ConnectionManager(memory), serve_one) == 1011
+
+
+class TestBeforeTheBlock:
+    """What ends a socket before its block begins is no error of the server's."""
+
+    async def test_a_first_message_that_is_no_good(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        authentication = Authentication(verify, FirstMessageToken())
+        connections = ConnectionManager(memory, authentication=authentication)
+        async with serving(connections) as address:
+            async with address() as socket:
+                await socket.send('{"type": "auth", "token": "bad"}')
+                assert (await answer(socket))["code"] == "unauthenticated"
+                assert await closed(socket) == 3000
+                assert socket.close_reason == "unauthenticated"
+            async with address() as socket:
+                pass
+            async with address() as socket:
+                socket.transport.abort()
+        assert errors() == []
+
+    async def test_the_database_is_away(
+        self,
+        memory: MemoryLayer,
+        errors: Callable[[], list[str]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        async def away(*_: Any, **__: Any) -> str:
+            raise DatabaseUnavailable("away")
+
+        monkeypatch.setattr(memory, "new_channel", away)
+        async with serving(ConnectionManager(memory)) as address, address() as socket:
+            assert (await answer(socket))["code"] == "unavailable"
+            assert await closed(socket) == 1013
+        assert errors() == []
+
+    async def test_closed(self, memory: MemoryLayer, errors: Callable[[], list[str]]) -> None:
+        """As by a shutdown, for one that was on its way."""
+
+        class Closing(ConnectionManager):
+            def enter(self, connection: Connection) -> None:
+                super().enter(connection)
+                connection.close_soon(4009, "early", farewell={"bye": 1})
+
+        connections = Closing(memory)
+        async with serving(connections) as address, address() as socket:
+            assert await answer(socket) == {"bye": 1}
+            assert await closed(socket) == 4009
+            assert socket.close_reason == "early"
+        assert errors() == []
+        assert connections.statistics().closed == {4009: 1}
+
+    async def test_gone_while_it_is_admitted(
+        self,
+        memory: MemoryLayer,
+        errors: Callable[[], list[str]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        admitting, go_on = asyncio.Event(), asyncio.Event()
+        new_channel = memory.new_channel
+
+        async def slow(*args: Any, **options: Any) -> str:
+            admitting.set()
+            await go_on.wait()
+            return await new_channel(*args, **options)
+
+        monkeypatch.setattr(memory, "new_channel", slow)
+        connections = ConnectionManager(memory)
+        async with serving(connections) as address:
+            client = asyncio.create_task(address().__aenter__())
+            await admitting.wait()
+            client.cancel()
+            await asyncio.wait([client])
+            await asyncio.sleep(0.05)  # until the server has heard of it
+            go_on.set()
+            await eventually(lambda: connections.statistics().closed)
+        assert errors() == []
+        assert connections.statistics().closed == {1006: 1}
+
+    async def test_what_it_is_accepted_with(self, memory: MemoryLayer) -> None:
+        """Also where that comes before the first message."""
+        authentication = Authentication(verify, FirstMessageToken())
+        connections = ConnectionManager(memory, authentication=authentication)
+        app = FastAPI()
+
+        @app.websocket("/ws")
+        async def endpoint(websocket: WebSocket) -> None:
+            options: Any = {"subprotocol": "chat", "headers": [(b"x-node", b"1")]}
+            async with connections.connect(websocket, **options) as connection:
+                await room(connection)
+
+        async with serve(app) as address, Address(address)(subprotocols=["chat"]) as socket:
+            assert socket.subprotocol == "chat"
+            assert socket.response is not None
+            assert socket.response.headers["x-node"] == "1"
+
+
 class TestCloses:
     """What cannot be said in a close frame as it is given."""
 
@@ -793,6 +1009,94 @@ class TestAuthentication:
                     status, error = await refused(address(**bearer("ada")))
                     assert (status, error["code"]) == (401, "token_revoked")
 
+    async def test_revocation_while_it_is_admitted(
+        self, layer: ChannelLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After it was found that the token is good, before the connection is known."""
+        authentication = Authentication(verify, HeaderToken())
+        connections = ConnectionManager(layer, authentication=authentication)
+        new_channel = layer.new_channel
+
+        async def slow(*args: Any, **options: Any) -> str:
+            name = await new_channel(*args, **options)
+            await connections.revoke(user_id="ada")
+            return name
+
+        monkeypatch.setattr(layer, "new_channel", slow)
+        async with serving(connections) as address, address(**bearer("ada")) as socket:
+            async with asyncio.timeout(10):
+                while (await answer(socket)).get("code") != "token_revoked":
+                    pass
+            assert await closed(socket) == 3000
+            await gone(connections)
+
+    async def test_revocation_while_it_is_refreshed(
+        self, memory: MemoryLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        connections = ConnectionManager(
+            memory, authentication=Authentication(verify, HeaderToken())
+        )
+        is_revoked = memory.is_revoked
+
+        async def slow(**options: Any) -> bool:
+            found = await is_revoked(**options)
+            if options["token_id"] == "ada:60" and not found:
+                await connections.revoke(token_id="ada:60")
+            return found
+
+        monkeypatch.setattr(memory, "is_revoked", slow)
+        async with serving(connections) as address, address(**bearer("ada")) as socket:
+            await ready(socket)
+            await socket.send('{"type": "auth.refresh", "token": "ada:60"}')
+            assert await closed(socket) == 3000
+
+    @pytest.mark.parametrize("who", ["ada", "tablet"])
+    async def test_revocation_where_user_and_identity_are_two(
+        self, memory: MemoryLayer, who: str
+    ) -> None:
+        connections = ConnectionManager(memory)
+        app = FastAPI()
+
+        @app.websocket("/ws")
+        async def endpoint(websocket: WebSocket) -> None:
+            options: Any = {"identity": Identity("ada"), "user_id": "tablet"}
+            async with connections.connect(websocket, **options) as connection:
+                await room(connection)
+
+        async with serve(app) as address, Address(address)() as socket:
+            await ready(socket)
+            await connections.revoke(user_id=who)
+            assert (await answer(socket))["code"] == "token_revoked"
+            assert await closed(socket) == 3000
+
+    async def test_told_while_it_is_cancelled(
+        self,
+        memory: MemoryLayer,
+        errors: Callable[[], list[str]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Those that tell must not hear of it."""
+        connections, app = ConnectionManager(memory), FastAPI()
+        delete_channel = memory.delete_channel
+
+        async def told(name: str) -> None:
+            (connection,) = connections
+            connection.reauthorize_soon()
+            await delete_channel(name)
+
+        monkeypatch.setattr(memory, "delete_channel", told)
+
+        @app.websocket("/ws")
+        async def endpoint(websocket: WebSocket) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.05), connections.connect(websocket):
+                    await asyncio.Event().wait()
+
+        async with serve(app) as address, Address(address)() as socket:
+            assert await closed(socket) == 1012
+            await gone(connections)
+        assert errors() == []
+
     async def test_revocation_of_who_has_no_token(self, layer: ChannelLayer) -> None:
         """Found out by a dependency of the application's: the sockets that are there are closed."""
         connections = ConnectionManager(layer)
@@ -818,6 +1122,101 @@ class TestAuthentication:
 
 
 class TestAuthorization:
+    @pytest.mark.parametrize("how", ["join", "group_add"])
+    async def test_asked_again_while_it_joins(self, memory: MemoryLayer, how: str) -> None:
+        """By a command, before the channel is among those that are asked about."""
+        answers = iter((True, False, False))
+
+        async def authorize(identity: Identity | None, action: str, channel: str) -> bool:
+            answer = next(answers)
+            if answer:
+                (connection,) = connections
+                await connection.reauthorize()
+            return answer
+
+        async def serve_one(connection: Connection) -> None:
+            with pytest.raises(AuthorizationError):
+                await getattr(connection, how)("secret")
+            assert connection.groups == frozenset()
+            await connection.send_json({"ready": connection.id})
+            await anext(connection)
+
+        connections = ConnectionManager(memory, authorize=cast("Any", authorize))
+        async with serving(connections, serve_one) as address, address() as socket:
+            id = await ready(socket)
+            assert await memory.group_members("secret") == []
+            await memory.send("secret", {"n": 1})
+            await memory.send(id, {"n": 2})
+            assert (await answer(socket))["data"] == {"n": 2}
+
+    async def test_asked_again_while_it_becomes_a_member(
+        self, memory: MemoryLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        allowed, group_add = {"secret"}, memory.group_add
+
+        async def authorize(identity: Identity | None, action: str, channel: str) -> bool:
+            return channel in allowed
+
+        async def slow(*args: Any, **options: Any) -> None:
+            allowed.clear()
+            (connection,) = connections
+            await connection.reauthorize()
+            await group_add(*args, **options)
+
+        monkeypatch.setattr(memory, "group_add", slow)
+        connections = ConnectionManager(memory, authorize=cast("Any", authorize))
+        async with serving(connections) as address, address() as socket:
+            await ready(socket)
+            await socket.send('{"add": "secret"}')
+            assert (await answer(socket))["code"] == "forbidden"
+            assert (await answer(socket))["code"] == "forbidden"
+            assert await closed(socket) == 3003
+            assert await memory.group_members("secret") == []
+
+    async def test_a_refresh_while_nobody_knows(self, memory: MemoryLayer) -> None:
+        """It must not go on reading what the new token may not open."""
+        is_away = False
+
+        async def authorize(identity: Identity | None, action: str, channel: str) -> bool:
+            if is_away:
+                raise DatabaseUnavailable("away")
+            return True
+
+        connections = ConnectionManager(
+            memory,
+            authentication=Authentication(verify, HeaderToken()),
+            authorize=cast("Any", authorize),
+        )
+        async with serving(connections) as address, address(**bearer("ada")) as socket:
+            await ready(socket)
+            await socket.send('{"join": "room"}')
+            await ask(socket, 1)
+            is_away = True
+            told = await ask(socket, {"type": "auth.refresh", "token": "ada:60"})
+            assert told["code"] == "unavailable"
+            assert await closed(socket) == 1013
+
+    async def test_denied_while_memberships_cannot_be_ended(
+        self, memory: MemoryLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def away(*_: Any) -> None:
+            raise DatabaseUnavailable("away")
+
+        async def serve_one(connection: Connection) -> None:
+            await connection.group_add("room")
+            monkeypatch.setattr(memory, "group_discard", away)
+            with pytest.raises(DatabaseUnavailable):
+                await connection.group_discard("room")
+            await memory.send("room", {"n": 1})
+            await memory.send(connection.id, {"n": 2})
+            await anext(connection)
+
+        async with (
+            serving(ConnectionManager(memory), serve_one) as address,
+            address() as socket,
+        ):
+            assert (await answer(socket))["data"] == {"n": 2}
+
     async def test_each_action(self, layer: ChannelLayer) -> None:
         asked: list[tuple[str | None, str, str]] = []
 
@@ -927,6 +1326,27 @@ class TestMiddleware:
 
 
 class TestHeartbeat:
+    async def test_the_server_is_busy(self, memory: MemoryLayer) -> None:
+        """Whoever has answered, and was not listened to, is not gone."""
+
+        class Busy(JsonConsumer):
+            async def connect(self) -> None:
+                await asyncio.sleep(0.5)
+
+            async def receive_json(self, content: Any) -> None:
+                await asyncio.sleep(0.5)
+                await self.send_json({"got": content})
+
+        heartbeat = Heartbeat(0.1, 0.3, by="json")
+        app = FastAPI()
+        connections = ConnectionManager(memory, heartbeat=heartbeat)
+        app.add_api_websocket_route("/ws", Busy.as_endpoint(connections))
+        async with serve(app) as address, Address(address)() as socket:
+            await socket.send("1")
+            while (told := await answer(socket)) == {"type": "ping"}:
+                await socket.send('{"type": "pong"}')
+            assert told == {"got": 1}
+
     async def test_who_does_not_answer_is_closed(self, memory: MemoryLayer) -> None:
         heartbeat = Heartbeat(0.05, 30, missed=2, by="json")
         connections = ConnectionManager(memory, heartbeat=heartbeat)
@@ -1051,6 +1471,22 @@ class TestSendingAway:
             assert "1 connections did not close in time" in caplog.text
             release.set()
 
+    def test_in_one_event_loop_after_the_other(self) -> None:
+        layer = MemoryLayer()
+        connections = ConnectionManager(layer)
+
+        async def once() -> None:
+            connections.is_draining = False
+            async with layer, serving(connections) as address, address() as socket:
+                await ready(socket)
+                draining = asyncio.create_task(connections.drain())
+                assert await closed(socket) == 1012
+                await draining
+                assert len(connections) == 0
+
+        asyncio.run(once())
+        asyncio.run(once())
+
 
 class TestSending:
     async def test_to_all_kinds_of_receivers(self, make_layer: Callable[[], ChannelLayer]) -> None:
@@ -1115,7 +1551,6 @@ class TestConfiguration:
             {"middleware": Shout},
             {"middleware": [Shout()]},
         ],
-        ids=str,
     )
     def test_what_cannot_be(self, options: dict[str, Any]) -> None:
         with pytest.raises(ConfigurationError):

@@ -34,7 +34,9 @@ from pgchannels.memory import MemoryLayer
 from pgchannels.web import (
     BytesConsumer,
     JsonConsumer,
+    SocketError,
     WebSocketConsumer,
+    exception_handlers,
     handles,
     lifespan,
     receives,
@@ -846,6 +848,27 @@ class TestSpawn:
             await eventually(lambda: Room.codes == [1011])
         assert "Room failed" in caplog.text
 
+    async def test_an_error_in_a_group(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        """Of asyncio's TaskGroup in a handler: told as without it, and the socket goes on."""
+
+        class Room(Noted):
+            async def receive_json(self, content: Any) -> None:
+                async def refuse() -> None:
+                    raise SocketError("not that")
+
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(refuse())
+
+        async with serving(Room, memory) as open_socket, open_socket() as socket:
+            for _ in range(2):
+                assert (await ask(socket, 1))["detail"] == "not that"
+            (consumer,) = Room.sockets
+            consumer.close_soon(4000)
+            assert await closed(socket) == 4000
+        assert errors() == []
+
     @pytest.mark.parametrize("where", ["spawned", "handler", "event"])
     async def test_what_is_waited_for_is_cancelled(
         self, memory: MemoryLayer, where: str, caplog: pytest.LogCaptureFixture
@@ -974,6 +997,22 @@ class TestEnds:
             await answer(socket)
         raised = [r.exc_info[1] for r in caplog.records if r.exc_info]
         assert {type(error) for error in raised} == {ZeroDivisionError, LookupError}
+
+    async def test_a_goodbye_that_fails_is_logged(
+        self, memory: MemoryLayer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Also where the application answers our errors: the socket is closed by then."""
+
+        class Room(Noted):
+            async def disconnect(self, code: int) -> None:
+                raise DatabaseUnavailable("the goodbye was not stored")
+
+        app = FastAPI(exception_handlers=exception_handlers())  # type: ignore[arg-type]
+        app.add_api_websocket_route("/ws", Room.as_endpoint(memory))
+        async with serve(app) as address, connect(f"ws://{address}/ws") as socket:
+            await socket.send("1")
+            await answer(socket)
+        assert "the goodbye was not stored" in caplog.text
 
     async def test_a_removal_takes_a_limited_time(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection
+from hashlib import sha256
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from pgchannels.errors import ConfigurationError, DatabaseUnavailable
@@ -20,6 +21,8 @@ __all__ = ["RateLimit"]
 
 # Bytes of a frame that is parsed to see whether its type is an excluded one.
 MAX_EXCLUDED = 4096
+# Characters of whoever has a rate, that are shared as they are.
+MAX_KEY = 800
 
 By: TypeAlias = "Literal['connection', 'user'] | Callable[[Connection, Frame], str]"
 Cost: TypeAlias = "Callable[[Connection, Frame], int]"
@@ -143,6 +146,9 @@ class RateLimit(Middleware):
 
     async def _take_shared(self, connection: Connection, key: str, cost: int) -> Admission:
         remaining = self._limiter.capacity
+        if len(key) > MAX_KEY:
+            # A user's id may be as long as a key is at most, and the limit's name comes before it.
+            key = f"sha256:{sha256(key.encode(errors='surrogatepass')).hexdigest()}"
         try:
             for number, rate in enumerate(self.rates):
                 shared_key = f"{self.name}.{number}:{key}"
