@@ -23,6 +23,7 @@ from pgchannels.web.errors import (
     AuthenticationError,
     AuthenticationTimeout,
     AuthorizationError,
+    Category,
     FrameTooLarge,
     Problem,
     SocketError,
@@ -417,7 +418,12 @@ class Connection(Life):
 
     async def _refresh(self, content: Mapping[str, Any]) -> None:
         token = content.get("token")
-        await self.refresh(token if isinstance(token, str) else "")
+        try:
+            await self.refresh(token if isinstance(token, str) else "")
+        except SocketError as error:
+            if error.category is Category.BACKEND:
+                error.disconnects = False  # nothing is wrong with the token that it has
+            raise
         expires_at = self.identity and self.identity.expires_at
         await self.send_json({"type": "auth.refreshed", "expires_at": expires_at})
 

@@ -9,20 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import (
-    AsyncIterator,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-)
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any
-
-from starlette.exceptions import WebSocketException
 
 from pgchannels.control import Command
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError, InvalidMessage
@@ -31,7 +22,7 @@ from pgchannels.limits import Limits
 from pgchannels.overflow import Overflow
 from pgchannels.web.auth import Authentication, Origins, is_allowed
 from pgchannels.web.callables import is_async_callable
-from pgchannels.web.codes import NORMAL, SERVICE_RESTART, cut
+from pgchannels.web.codes import NORMAL, SERVICE_RESTART
 from pgchannels.web.connection import Connection
 from pgchannels.web.errors import (
     AuthenticationError,
@@ -44,7 +35,7 @@ from pgchannels.web.errors import (
 from pgchannels.web.life import Refused, Unserved
 from pgchannels.web.liveness import Heartbeat
 from pgchannels.web.middleware import Chain, Middleware
-from pgchannels.web.refusal import refusal
+from pgchannels.web.refusal import ending, refusal
 from pgchannels.web.statistics import Counts, Statistics
 from pgchannels.web.wire import ConnectionState
 
@@ -221,10 +212,7 @@ class ConnectionManager:
         except Refused as refused:
             raise refusal(websocket, refused.problem) from refused
         except Unserved as unserved:
-            if unserved.code is None:
-                # What the application sends for it would be one more error, in the server's log.
-                websocket._send = _nowhere  # noqa: SLF001 - there is no other way
-            raise WebSocketException(unserved.code or NORMAL, cut(unserved.reason)) from None
+            raise ending(websocket, unserved.code, unserved.reason) from None
 
     async def disconnect(
         self, connection: Connection | str, code: int = NORMAL, reason: str = ""
@@ -539,10 +527,6 @@ def check_layer(layer: object) -> None:
     """Raise :class:`ConfigurationError` for anything that is not a layer."""
     if not isinstance(layer, ChannelLayer):
         raise ConfigurationError(f"expected a channel layer, not {layer!r}")
-
-
-async def _nowhere(message: MutableMapping[str, Any]) -> None:
-    """Sends nothing, for nobody is there."""
 
 
 def _id_of(connection: Connection | str) -> str:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.responses import JSONResponse
+from starlette.websockets import WebSocketState
 
-from pgchannels.web.codes import cut
+from pgchannels.web.codes import NORMAL, cut
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from pgchannels.web.errors import Problem
 
-__all__ = ["body", "headers", "refusal", "refuse"]
+__all__ = ["body", "ending", "headers", "refusal", "refuse"]
 
 _EXTENSION = "websocket.http.response"
 
@@ -40,7 +41,7 @@ def body(problem: Problem) -> dict[str, Any]:
 def headers(problem: Problem) -> dict[str, str]:
     """``Retry-After``, in whole seconds (RFC 9110, section 10.2.3), and for 401 a challenge."""
     found = {}
-    if problem.retry_after is not None:
+    if problem.retry_after is not None and math.isfinite(problem.retry_after):
         found["Retry-After"] = str(max(1, math.ceil(problem.retry_after)))
     if problem.http_status == 401:
         found["WWW-Authenticate"] = _CHALLENGES.get(problem.code, 'Bearer error="invalid_token"')
@@ -55,6 +56,26 @@ def refusal(connection: HTTPConnection, problem: Problem) -> HTTPException | Web
     if connection.scope["type"] != "websocket" or _can_respond(connection):
         return HTTPException(problem.http_status, body(problem)["detail"], headers(problem))
     return WebSocketException(problem.ws_code, cut(problem.code))
+
+
+def ending(websocket: WebSocket, code: int | None, reason: str) -> WebSocketException:
+    """What to raise in an endpoint that is not to run, though its socket has been accepted.
+
+    Whoever serves the application closes the socket by it. Where there is nothing to close any
+    more, that does nothing from now on: no exception says so, and any other one would be logged.
+
+    Args:
+        websocket: whose endpoint it is.
+        code: to close with; None if the client is gone.
+        reason: to close with.
+    """
+    if code is None or websocket.application_state is WebSocketState.DISCONNECTED:
+        websocket.close = _closed  # type: ignore[method-assign]
+    return WebSocketException(code or NORMAL, cut(reason))
+
+
+async def _closed(code: int = NORMAL, reason: str | None = None) -> None:
+    """Close a socket that is closed."""
 
 
 async def refuse(websocket: WebSocket, problem: Problem) -> None:

@@ -51,6 +51,7 @@ from pgchannels.web import (
     lifespan,
     receives,
 )
+from pgchannels.web.auth import KeysUnavailable
 from tests.support.eventually import eventually
 from tests.support.sockets import answer, ask, closed, serve
 
@@ -959,6 +960,24 @@ class TestAuthentication:
             error = await ask(socket, {"type": "auth.refresh", "token": token})
             assert error["category"] == "authentication"
             assert await closed(socket) == 3000
+
+    async def test_a_refresh_that_cannot_be_verified_now(self, memory: MemoryLayer) -> None:
+        async def sometimes(token: str) -> Identity:
+            if token == "later":
+                raise KeysUnavailable
+            return await verify(token)
+
+        connections = ConnectionManager(
+            memory, authentication=Authentication(sometimes, HeaderToken())
+        )
+        async with serving(connections) as address:
+            status, error = await refused(address(**bearer("later")))
+            assert (status, error["code"]) == (503, "unavailable")
+            async with address(**bearer("ada")) as socket:
+                await ready(socket)
+                error = await ask(socket, {"type": "auth.refresh", "token": "later"})
+                assert error["code"] == "unavailable"
+                assert await ask(socket, 1) == {"got": 1}
 
     async def test_refresh_asks_again(self, memory: MemoryLayer) -> None:
         allowed = {"a", "b"}
