@@ -1,11 +1,11 @@
-"""One socket with a channel of its own: who it is, what it reads, what goes in and out."""
+"""One socket as an endpoint or a consumer has it: what goes in and out, its token, its life."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,7 @@ import anyio
 import anyio.lowlevel
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from pgchannels.channels import check_channel
 from pgchannels.errors import ChannelLayerClosed, DatabaseUnavailable, UnknownPosition
-from pgchannels.messages import Position
 from pgchannels.web.auth import Identity
 from pgchannels.web.codes import ABNORMAL
 from pgchannels.web.errors import (
@@ -27,10 +25,9 @@ from pgchannels.web.errors import (
     FrameTooLarge,
     Problem,
     SocketError,
-    TooManyChannels,
 )
 from pgchannels.web.frames import unwrapped
-from pgchannels.web.life import Life
+from pgchannels.web.reader import Reader
 from pgchannels.web.wire import CLOSING_TIME
 
 if TYPE_CHECKING:
@@ -38,9 +35,7 @@ if TYPE_CHECKING:
 
     from pgchannels.control import Command
     from pgchannels.messages import Message
-    from pgchannels.records import HistoryPage, PresenceBy, Present, Receipt
-    from pgchannels.stream import Stream
-    from pgchannels.web.auth import Action, Authentication
+    from pgchannels.web.auth import Authentication
     from pgchannels.web.connections import ConnectionManager
     from pgchannels.web.incoming import Frame
     from pgchannels.web.middleware import Chain
@@ -50,7 +45,7 @@ __all__ = ["Connection"]
 logger = logging.getLogger("pgchannels.web")
 
 
-class Connection(Life):
+class Connection(Reader):
     """One socket, as an endpoint has it inside of ``async with connections.connect(socket)``.
 
     Iterating gives what the client sends, parsed as JSON, until it is gone. What arrives for the
@@ -70,20 +65,11 @@ class Connection(Life):
     """
 
     def __init__(self, websocket: WebSocket, connections: ConnectionManager) -> None:
-        super().__init__(websocket, connections.heartbeat, connections.send_timeout)
-        self.connections = connections
-        self.layer = connections.layer
-        self.channel_name = ""
-        self.identity: Identity | None = None
-        self.user_id: str | None = None
-        self.metadata: Mapping[str, Any] | None = None
+        super().__init__(websocket, connections)
         self.connected_at = datetime.now(UTC)
-        self._stream: Stream
-        self._groups: set[str] = set()
         self._subprotocol: str | None = None
         self._headers: Iterable[tuple[bytes, bytes]] | None = None
         self._revocations = 0
-        self._reauthorizations = 0
 
     # What it is
 
@@ -96,16 +82,6 @@ class Connection(Life):
     def resume_position(self) -> str | None:
         """The last position that the client has had, as it says: ``?after=`` of its URL."""
         return self.websocket.query_params.get("after") or None
-
-    @property
-    def groups(self) -> frozenset[str]:
-        """The channels and groups that it reads because it was told to here."""
-        return frozenset(self._groups)
-
-    @property
-    def pending(self) -> int:
-        """Messages that wait to be sent to the client."""
-        return self._stream.pending
 
     def to_dict(self) -> dict[str, Any]:
         """What there is to know of it, as JSON can have it."""
@@ -145,160 +121,7 @@ class Connection(Life):
         """Say what it is accepted with, if :meth:`accept` does not: it may be soon."""
         self._subprotocol, self._headers = subprotocol, headers
 
-    # Whose it is, what it reads
-
-    async def identify(
-        self,
-        user_id: str | None,
-        metadata: Mapping[str, Any] | None = None,
-        after: Position | str | None = None,
-    ) -> None:
-        """Say whose socket it is: what is sent to that user reaches it, from now on.
-
-        Args:
-            user_id: any text; None for nobody's.
-            metadata: what presence shows of it, see ``new_channel()``.
-            after: a position, to have replayed what was sent to the user and to everyone since.
-
-        Raises:
-            TooManyConnections: the user has as many as the limits allow.
-        """
-        position = Position.parse(after) if after else None
-        await self.layer.update_channel(
-            self.channel_name, user_id=user_id, metadata=metadata, limits=self.connections.limits
-        )
-        self.user_id, self.metadata = user_id, metadata
-        if position is not None:
-            await self._stream.resume(position)
-
-    async def join(self, group: str, after: Position | str | None = None) -> None:
-        """Forward the messages of *group*, without being a member of it.
-
-        Args:
-            group: a channel's name.
-            after: the last position that the client has had: what came since then is forwarded
-                first; ``"0"`` for all that is retained; None, or an empty text as browsers like to
-                send it, for from now on.
-
-        Raises:
-            InvalidChannel, InvalidPosition: left to the caller's caller, it is told to the client.
-            AuthorizationError: the manager's ``authorize`` says no; likewise.
-            TooManyChannels: it reads as many as the limits allow; likewise.
-        """
-        async with self._allowed_to_read(group):
-            await self._stream.join(group, after or None)
-
-    async def leave(self, group: str) -> None:
-        """Forward no more of *group*. A membership stays.
-
-        Raises:
-            InvalidChannel: it may come from the client, who is told.
-        """
-        self._stream.leave(check_channel(group))
-        self._groups.discard(group)
-
-    async def group_add(
-        self,
-        group: str,
-        *,
-        after: Position | str | None = None,
-        presence: PresenceBy | None = None,
-    ) -> None:
-        """Become a member of *group*, and forward its messages. It ends with the socket.
-
-        Args:
-            group: a channel's name.
-            after: as for :meth:`join`.
-            presence: count it in the group's presence, see ``layer.group_add()``.
-
-        Raises:
-            GroupFull: it has as many members as the limits allow. And as :meth:`join`.
-        """
-        limit = self.connections.limits.group_members
-        async with self._allowed_to_read(group):
-            known = self._stream.reads(group)
-            # First, so that nothing that is sent to members can fall in between.
-            await self._stream.join_group(group, after or None)
-            try:
-                await self.layer.group_add(group, self.channel_name, presence=presence, limit=limit)
-            except BaseException:
-                if not known:
-                    self._stream.leave(group)
-                raise
-
-    async def group_discard(self, group: str) -> None:
-        """End the membership, and forward no more of *group*."""
-        # First: where the database is away, it is not read on.
-        await self.leave(group)
-        await self.layer.group_discard(group, self.channel_name)
-
-    @asynccontextmanager
-    async def _allowed_to_read(self, group: str) -> AsyncIterator[None]:
-        """Ask before *group* is joined, and again if the answer may have changed meanwhile."""
-        asked = self._reauthorizations
-        await self._check_allowed("subscribe", group)
-        with self._counting(group):
-            yield
-        if self._reauthorizations == asked:
-            return
-        try:
-            if group not in self._groups:  # denied, before it was there to be left
-                raise AuthorizationError(context={"action": "subscribe", "channel": group})
-            await self._check_allowed("subscribe", group)
-        except BaseException:
-            await self.group_discard(group)
-            raise
-
-    @contextmanager
-    def _counting(self, group: str) -> Iterator[None]:
-        """Count *group* in before anything is waited for, so that none slips through."""
-        known = group in self._groups
-        limit = self.connections.limits.groups
-        if not known and limit is not None and len(self._groups) >= limit:
-            raise TooManyChannels(
-                f"one connection reads at most {limit} channels", context={"limit": limit}
-            )
-        self._groups.add(group)
-        try:
-            yield
-        except BaseException:
-            if not known:
-                self._groups.discard(group)
-            raise
-
-    # On behalf of the client, if it is allowed
-
-    async def publish(
-        self, channel: str, payload: Any, *, except_self: bool = False, **options: Any
-    ) -> Receipt:
-        """Publish for the client, if ``authorize`` lets it: to a channel or group.
-
-        Args:
-            channel: where to.
-            payload: see ``layer.send()``, as the *options*.
-            except_self: whether this connection, as a member of the group, does not get it.
-
-        Raises:
-            AuthorizationError: it may not. And as ``layer.send()``.
-        """
-        await self._check_allowed("publish", channel)
-        exclude = self.channel_name if except_self else None
-        return await self.layer.group_send(channel, payload, exclude=exclude, **options)
-
-    async def history(self, channel: str, **options: Any) -> HistoryPage:
-        """Read history for the client, if ``authorize`` lets it. As ``layer.history()``."""
-        await self._check_allowed("history", channel)
-        return await self.layer.history(channel, **options)
-
-    async def presence(self, group: str) -> list[Present]:
-        """Who is present, if ``authorize`` lets the client know. As ``layer.presence()``."""
-        await self._check_allowed("presence", group)
-        return await self.layer.presence(group)
-
-    async def _check_allowed(self, action: Action, channel: str) -> None:
-        check_channel(channel)  # before anybody else has to deal with it: it may be the client's
-        if not await self.connections.allows(self.identity, action, channel):
-            raise AuthorizationError(context={"action": action, "channel": channel})
+    # Its token
 
     async def refresh(self, token: str) -> None:
         """Go on with a new token, of the same user; ask again whether it may read what it reads.
