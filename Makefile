@@ -22,8 +22,11 @@ demo: $(DEMO) ## run the demo, with a PostgreSQL of its own (ARGS="..." for opti
 	@exec $(BIN)/pgchannels demo $(ARGS)
 
 # What is the same on any server is not run again on the oldest one.
-SAME := $(addprefix --ignore=tests/integration/test_,auth_web.py cli.py consumers.py demo.py embedded.py \
-    hostile.py packaging.py publishes_models.py publishing_examples.py web.py)
+SAME := $(addprefix --ignore=tests/integration/test_,admin.py auth_web.py cli.py connections.py \
+    consumers.py demo.py embedded.py examples.py hostile.py metrics.py middleware.py packaging.py \
+    publishes_models.py publishing_examples.py status.py web.py) \
+    $(addprefix --ignore=tests/property/test_,fuzz_sockets.py overflow.py subscription.py) \
+    $(addprefix --ignore=tests/faults/test_,shutdown.py slow_sockets.py)
 
 test: $(DEV) ## the tests on PostgreSQL 18, then those that need one on PostgreSQL 16
 	$(PYTEST) $(XDIST) --postgres=18 $(ARGS)

@@ -29,11 +29,13 @@ def server_directory() -> Iterator[Path]:
 
 
 @contextmanager
-def running_server(version: int) -> Iterator[EmbeddedPostgres]:
-    """A new server of that version; fsync is on, as in production."""
+def running_server(version: int, **settings: str) -> Iterator[EmbeddedPostgres]:
+    """A new server of that version; fsync is on, as in production, unless *settings* say not."""
     with server_directory() as directory:
         server = EmbeddedPostgres(
-            directory, version=version, settings={"max_connections": str(MAX_CONNECTIONS)}
+            directory,
+            version=version,
+            settings={"max_connections": str(MAX_CONNECTIONS), **settings},
         )
         server.start()
         try:
