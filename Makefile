@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 # The first of these that is new enough; `make PYTHON=/path/to/python` decides otherwise.
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 PYTEST := $(BIN)/python -m pytest
-XDIST ?= -n 2 --dist=loadgroup
+# Twice as many as the cores of a small machine: tests mostly wait, for commits, leases and processes.
+XDIST ?= -n 4 --dist=loadgroup
 ARGS ?=
 
 DEMO := $(VENV)/.demo-installed
