@@ -448,7 +448,7 @@ class ConnectionManager:
             connection.close_soon(SERVICE_RESTART, "shutting down")
 
     def exit(self, connection: Connection) -> None:
-        """Nothing is left of a connection. One that was not admitted changes nothing."""
+        """Nothing is left of a connection, be it that it was never admitted."""
         if self._connections.pop(connection.id, None) is not None:
             self._counts.add_traffic(connection)
             self._counts.closed[connection.close_code or 0] += 1
@@ -470,7 +470,7 @@ class ConnectionManager:
         (self._counts.refused if is_refused else self._counts.errors)[problem.code] += 1
         if problem.error_id is not None:
             logger.error(
-                "%s failed; its socket is closed; error %s",
+                "%s failed; error %s",
                 type(connection).__name__,
                 problem.error_id,
                 exc_info=error,
