@@ -37,11 +37,10 @@ from pgchannels import (
     UnknownPosition,
 )
 from pgchannels.follower import Batch, Follower
-from pgchannels.pruner import Pruner
 from pgchannels.records import FollowerStatus
 from pgchannels.sql import load_queries
-from pgchannels.store import Session as StoreSession
 from tests.support.eventually import eventually
+from tests.support.pruning import only_by_hand, prune
 
 # Renewed thirty times as often: a disk or a machine that stalls for a second costs nobody a lease.
 LEASE = 3.0
@@ -49,13 +48,13 @@ LEASE = 3.0
 
 @pytest.fixture
 def settings(database_url: str) -> Settings:
+    only_by_hand(database_url)
     return Settings(
         database_url=database_url,
         poll_interval=0.1,
         heartbeat_interval=0.1,
         lease_time=LEASE,
         retention=timedelta(days=1),
-        prune_interval=3600,
     )
 
 
@@ -1128,7 +1127,7 @@ class TestRetention:
             await batch.ack()
             assert not follower.truncated
         await fill(layer, "a", 2, 3)
-        await prune(settings, connection)
+        await prune_all(settings, connection)
         async with layer.follow("a", name="f") as follower:
             batch = await following(follower)
             assert follower.truncated
@@ -1147,23 +1146,19 @@ class TestRetention:
     ) -> None:
         await fill(layer, "a", 1, 2, 3)
         await eventually(lambda: layer._opened.hub.cursor == 3)
-        await prune(settings, connection)
+        await prune_all(settings, connection)
         await fill(layer, "a", 4)
         async with layer.follow("a", name="f", after="0") as follower:
             assert ns(await following(follower)) == [4]
             assert not follower.truncated
 
 
-async def prune(settings: Settings, connection: Any) -> None:
+async def prune_all(settings: Settings, connection: Any) -> None:
     """Let everything in the log be old, and remove it."""
     await connection.execute(
         "update pgchannels.batches set sealed_at = sealed_at - interval '30 d'"
     )
-    session = StoreSession(settings, "test")
-    try:
-        await Pruner(settings, session).run_once()
-    finally:
-        await session.close()
+    await prune(settings)
 
 
 class TestClosing:

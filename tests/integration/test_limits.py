@@ -25,6 +25,7 @@ from pgchannels import (
 from pgchannels.channels import new_name
 from pgchannels.sql import load_queries
 from tests.support.eventually import eventually
+from tests.support.pruning import only_by_hand
 
 Connection = psycopg.Connection[dict[str, Any]]
 
@@ -40,7 +41,8 @@ def connection(database_url: str) -> Iterator[Connection]:
 @pytest.fixture
 async def layers(database_url: str) -> AsyncIterator[list[PostgresLayer]]:
     """Three nodes."""
-    settings = Settings(database_url=database_url, prune_interval=3600)
+    only_by_hand(database_url)
+    settings = Settings(database_url=database_url)
     async with (
         PostgresLayer(settings) as first,
         PostgresLayer(settings) as second,

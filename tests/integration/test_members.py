@@ -15,9 +15,8 @@ import pytest
 from psycopg.rows import scalar_row
 
 from pgchannels import Message, PostgresLayer, Settings, Stream
-from pgchannels.pruner import Pruner, PruneReport
-from pgchannels.store import Session
 from tests.support.eventually import eventually
+from tests.support.pruning import only_by_hand, prune
 
 Connection = psycopg.Connection[Any]
 
@@ -30,8 +29,9 @@ def connection(database_url: str) -> Iterator[Connection]:
 
 @pytest.fixture
 async def layers(database_url: str) -> AsyncIterator[tuple[PostgresLayer, PostgresLayer]]:
-    """Two nodes. They prune when the test does."""
-    settings = Settings(database_url=database_url, prune_interval=3600)
+    """Two nodes. They leave the pruning to the test."""
+    only_by_hand(database_url)
+    settings = Settings(database_url=database_url)
     async with PostgresLayer(settings) as layer, PostgresLayer(settings) as other:
         yield layer, other
 
@@ -56,14 +56,6 @@ async def take(stream: Stream, count: int) -> list[Message]:
         while len(taken) < count:
             taken.append(await anext(stream))
     return taken
-
-
-async def prune(settings: Settings, *, dry_run: bool = False) -> PruneReport:
-    session = Session(settings, "test")
-    try:
-        return await Pruner(settings, session).run_once(dry_run=dry_run)
-    finally:
-        await session.close()
 
 
 class TestManyMembers:
@@ -204,7 +196,8 @@ class TestExpiry:
     async def test_memberships_of_who_does_not_use_them(
         self, database_url: str, connection: Connection
     ) -> None:
-        settings = Settings(database_url=database_url, group_expiry=8.0, prune_interval=3600)
+        only_by_hand(database_url)
+        settings = Settings(database_url=database_url, group_expiry=8.0)
         async with PostgresLayer(settings) as layer:
             mine = await layer.new_channel()
             for name in ("unused", "renewed", "received", "waited", mine):

@@ -17,6 +17,7 @@ from pgchannels.leases import Lease
 from pgchannels.pruner import Pruner, PruneReport
 from pgchannels.store import Session, Store
 from tests.support.eventually import eventually
+from tests.support.pruning import only_by_hand
 
 Connection = psycopg.Connection[Any]
 DAY = timedelta(days=1)
@@ -34,8 +35,8 @@ def connection(database_url: str) -> Iterator[Connection]:
 
 @pytest.fixture
 def settings(database_url: str) -> Settings:
-    # A layer that is open in a test prunes only when the test does.
-    return Settings(database_url=database_url, retention=DAY, prune_interval=3600, batch_size=10)
+    only_by_hand(database_url)
+    return Settings(database_url=database_url, retention=DAY, batch_size=10)
 
 
 @pytest.fixture
@@ -421,9 +422,9 @@ class TestSeveral:
         assert partitions(connection)[0] == 51
 
     async def test_one_prunes_by_lease(
-        self, connection: Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch
+        self, connection: Connection, database_url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        quick = settings.model_copy(update={"prune_interval": 0.01})
+        quick = Settings(database_url=database_url, prune_interval=0.01)
         runs: list[Pruner] = []
         run_once = Pruner.run_once
 
@@ -451,7 +452,8 @@ class TestSeveral:
         for subject in pruners:
             await subject.close()
 
-    async def test_a_lease_runs_out(self, connection: Connection, session: Session) -> None:
+    async def test_a_lease_runs_out(self, connection: Connection, database_url: str) -> None:
+        session = Session(Settings(database_url=database_url), "test")
         first = Lease(session, "pruner", uuid4(), 60)
         second = Lease(session, "pruner", uuid4(), 0.03)
         assert await first.held()
@@ -461,4 +463,5 @@ class TestSeveral:
         taken: bool = await eventually(second.held)
         assert taken
         await second.release()
+        await session.close()
         assert value(connection, "select count(*) from pgchannels.leases") == 0

@@ -13,10 +13,9 @@ import pytest
 from psycopg.rows import dict_row
 
 from pgchannels import FixedWindow, PostgresLayer, Settings, TokenBucket
-from pgchannels.pruner import Pruner
-from pgchannels.store import Session
 from tests.support.eventually import eventually
 from tests.support.processes import Processes
+from tests.support.pruning import only_by_hand, prune
 
 Connection = psycopg.Connection[dict[str, Any]]
 
@@ -158,18 +157,14 @@ async def test_several_nodes_take_of_many_keys_in_no_circle(
 
 
 async def test_rows_that_say_nothing_are_pruned(database_url: str, connection: Connection) -> None:
-    settings = Settings(database_url=database_url, prune_interval=3600)
-    async with PostgresLayer(settings) as layer:
+    only_by_hand(database_url)
+    async with PostgresLayer(database_url) as layer:
         await asyncio.gather(*(layer.take(f"{n}", FixedWindow(5, 0.001)) for n in range(50)))
         await layer.take("window", FixedWindow(5, 3600), 5)
         await layer.take("bucket", TokenBucket(0.001, 5), 5)
         # The clock cannot be put forward, so the rows are put back.
         connection.execute("update pgchannels.rates set due_at = due_at - interval '3 minutes'")
-        session = Session(settings, "test")
-        try:
-            await Pruner(settings, session).run_once()
-        finally:
-            await session.close()
+        await prune(layer.settings)
         left = connection.execute("select key from pgchannels.rates order by key").fetchall()
         assert [row["key"] for row in left] == ["bucket:bucket", "window:window"]
         assert not (await layer.take("window", FixedWindow(5, 3600))).allowed
@@ -178,15 +173,14 @@ async def test_rows_that_say_nothing_are_pruned(database_url: str, connection: C
 
 async def test_taking_beside_the_pruner(database_url: str, connection: Connection) -> None:
     """A row that goes between its being made and its being locked is made again."""
-    settings = Settings(database_url=database_url, prune_interval=3600)
     stop = asyncio.Event()
-    async with asyncio.timeout(60), PostgresLayer(settings) as layer:
+    async with asyncio.timeout(60), PostgresLayer(database_url) as layer:
 
-        async def prune() -> None:
+        async def remove_rows() -> None:
             while not stop.is_set():
                 await asyncio.to_thread(connection.execute, "delete from pgchannels.rates")
 
-        pruning = asyncio.create_task(prune())
+        pruning = asyncio.create_task(remove_rows())
         for _ in range(50):
             found = await asyncio.gather(
                 *(layer.take(f"{n}", TokenBucket(1, 100)) for n in range(30))

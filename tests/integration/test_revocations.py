@@ -18,11 +18,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from pgchannels import Command, InvalidChannel, PostgresLayer, Settings
 from pgchannels.channels import COMMANDS
 from pgchannels.orm import install, publish
-from pgchannels.pruner import Pruner, PruneReport
 from pgchannels.sql import load_queries
-from pgchannels.store import Session as StoreSession
 from pgchannels.testing.support import listening
 from pgchannels.web import channels_router, lifespan
+from tests.support.pruning import prune
 
 Connection = psycopg.Connection[Any]
 
@@ -31,15 +30,6 @@ Connection = psycopg.Connection[Any]
 def connection(database_url: str) -> Iterator[Connection]:
     with psycopg.connect(database_url, autocommit=True, row_factory=scalar_row) as connection:
         yield connection
-
-
-async def prune(url: str, *, dry_run: bool = False) -> PruneReport:
-    settings = Settings(database_url=url)
-    session = StoreSession(settings, "test")
-    try:
-        return await Pruner(settings, session).run_once(dry_run=dry_run)
-    finally:
-        await session.close()
 
 
 async def test_by_the_databases_clock(database_url: str, connection: Connection) -> None:
@@ -81,8 +71,9 @@ async def test_pruned(database_url: str, connection: Connection) -> None:
         " select 'user', n::text, now(), now() + n * interval '1 hour'"
         "   from generate_series(-6, 5) n where n <> 0"
     )
-    assert (await prune(database_url, dry_run=True)).revocations_deleted == 6
-    assert (await prune(database_url)).revocations_deleted == 6
+    settings = Settings(database_url=database_url)
+    assert (await prune(settings, dry_run=True)).revocations_deleted == 6
+    assert (await prune(settings)).revocations_deleted == 6
     left = connection.execute("select count(*) from pgchannels.revocations").fetchone()
     assert left == 5
 

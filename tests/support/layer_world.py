@@ -21,9 +21,8 @@ from pgchannels import MemoryLayer, PostgresLayer, Settings
 from pgchannels.channels import DIRECT, EVERYONE, presence_channel, user_channel
 from pgchannels.memory import MemoryLog
 from pgchannels.messages import ATTACHMENTS, EXCEPT, ONLY
-from pgchannels.pruner import Pruner
-from pgchannels.store import Session
 from tests.support.eventually import eventually
+from tests.support.pruning import only_by_hand, prune
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Record
@@ -47,7 +46,6 @@ SETTINGS: dict[str, Any] = {
     "group_expiry": 250,
     "key_lifetime": timedelta(seconds=350),
     "retention": timedelta(seconds=950),
-    "prune_interval": 3600,
     "poll_interval": 0.25,
     # Small, so that each has many ends to go wrong at.
     "page_size": 4,
@@ -381,6 +379,7 @@ class PostgresWorld(World):
 
     async def connect(self) -> None:
         self._connection = await asyncpg.connect(self._url)
+        only_by_hand(self._url)
         self.layers = [PostgresLayer(_settings(node, self._url)) for node in range(NODES)]
 
     async def disconnect(self) -> None:
@@ -445,10 +444,7 @@ class PostgresWorld(World):
             """
         )
         await self._renew_what_is_waited_for()
-        settings = self.layers[KEEPER].settings
-        session = Session(settings, "time machine")
-        report = await Pruner(settings, session).run_once()
-        await session.close()
+        report = await prune(self.layers[KEEPER].settings)
         assert not report.problems
         assert not report.stragglers
         await self._until_none(
