@@ -45,9 +45,9 @@ def postgres_version(pytestconfig: pytest.Config) -> int:
 def postgres(postgres_version: int) -> Iterator[EmbeddedPostgres]:
     """The server that this worker's tests share; one to stop or restart is `own_server`.
 
-    It does not wait for the disk: what that is for, the end of the whole machine, no test has.
+    It does without the disk: what that is for, the end of the whole machine, no test has.
     """
-    with servers.running_server(postgres_version, fsync="off", full_page_writes="off") as server:
+    with servers.running_server(postgres_version, is_volatile=True) as server:
         yield server
 
 

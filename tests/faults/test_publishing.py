@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import psycopg
@@ -16,8 +16,6 @@ from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import NullPool
 
 from pgchannels import PostgresLayer, Settings
-from pgchannels.embedded import EmbeddedPostgres
-from pgchannels.migrate import upgrade
 from pgchannels.orm import install
 from tests.support.eventually import eventually
 from tests.support.orders import (
@@ -34,7 +32,6 @@ from tests.support.orders import (
     told,
     update,
 )
-from tests.support.servers import server_directory
 from tests.support.sessions import ALL_SHAPES, Log, Make, WakeCounter
 from tests.support.tcp_proxy import TcpProxy
 
@@ -60,8 +57,11 @@ class CutAtCommit(TcpProxy):
 
 
 @pytest.fixture
-def checked(database_url: str) -> Checked:
-    return Checked(prepare(database_url), Log(database_url), Rows(database_url))
+def checked(database_url: str) -> Iterator[Checked]:
+    engine = prepare(database_url)
+    with closing(Log(database_url)) as log, closing(Rows(database_url)) as rows:
+        yield Checked(engine, log, rows)
+    engine.dispose()
 
 
 @pytest.fixture
@@ -196,15 +196,14 @@ class TestOfEveryShape:
                 assert proxy.has_cut
             await gone(database_url)
 
-    async def test_two_phase(self, prepared_transactions: str, answer: bool) -> None:
+    async def test_two_phase(
+        self, database_url: str, checked: Checked, counter: WakeCounter, answer: bool
+    ) -> None:
         """Without an answer it is committed or prepared; what is prepared can yet be committed."""
-        url = prepared_transactions
-        log, rows = Log(url), Rows(url)
-        checked = Checked(prepare(url), log, rows)
-        counter = WakeCounter(Settings(database_url=url))
+        log, rows = checked.log, checked.rows
         with checked.expecting(answer) as customer:
             before = len(rows.history())
-            async with CutAtCommit(url, answer=answer) as proxy:
+            async with CutAtCommit(database_url, answer=answer) as proxy:
 
                 def lose() -> None:
                     with (
@@ -216,26 +215,13 @@ class TestOfEveryShape:
                 async with asyncio.timeout(60):
                     await asyncio.to_thread(lose)
                 assert proxy.has_cut
-            await gone(url)
-        with psycopg.connect(url, autocommit=True) as connection:
-            left = connection.execute("select gid from pg_prepared_xacts").fetchall()
+            await gone(database_url)
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            left = connection.execute(
+                "select gid from pg_prepared_xacts where database = current_database()"
+            ).fetchall()
             assert len(left) == (0 if answer else 1)
             for (name,) in left:
                 connection.execute(psycopg.sql.SQL("commit prepared {}").format(name))
         assert sorted(told(log)) == sorted(rows.history()[before:])
         assert [channel for channel, _ in log.messages()].count("beside") == rows.beside() == 2
-
-
-@pytest.fixture
-def prepared_transactions(postgres_version: int) -> Iterator[str]:
-    """The URL of a database on a server that allows prepared transactions."""
-    with (
-        server_directory() as directory,
-        EmbeddedPostgres(
-            directory,
-            version=postgres_version,
-            settings={"max_prepared_transactions": "5", "fsync": "off"},
-        ) as server,
-    ):
-        upgrade(server.url())
-        yield server.url()

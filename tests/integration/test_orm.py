@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from decimal import Decimal
 from typing import Any
 
@@ -40,11 +40,9 @@ from pgchannels import (
     PostgresLayer,
     Settings,
 )
-from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.migrate import upgrade
 from pgchannels.orm import install, publish
 from tests.support.eventually import eventually
-from tests.support.servers import server_directory
 from tests.support.sessions import SHAPES, Log, Make, WakeCounter
 
 
@@ -105,8 +103,9 @@ async def async_engine(engine: sa.Engine, database_url: str) -> AsyncIterator[As
 
 
 @pytest.fixture
-def log(database_url: str, engine: sa.Engine) -> Log:
-    return Log(database_url)
+def log(database_url: str, engine: sa.Engine) -> Iterator[Log]:
+    with closing(Log(database_url)) as log:
+        yield log
 
 
 class Stop(Exception):
@@ -305,47 +304,25 @@ class TestMatrix:
     @pytest.mark.parametrize("ending", ENDINGS)
     def test_two_phase(
         self,
-        two_phase: tuple[sa.Engine, WakeCounter, Log],
+        engine: sa.Engine,
+        counter: WakeCounter,
+        log: Log,
         ending: Callable[[Make], list[int]],
     ) -> None:
-        engine, counter, log = two_phase
-        before = len(log.read())
         maker = sessionmaker(engine, twophase=True)
         install(maker, counter.layer)
         expected = ending(maker)
-        assert log.read()[before:] == expected
+        assert log.read() == expected
 
 
 def _reused(session: Session) -> Session:
     return session
 
 
-@pytest.fixture(scope="module")
-def two_phase(postgres_version: int) -> Iterator[tuple[sa.Engine, WakeCounter, Log]]:
-    """A server that allows prepared transactions."""
-    with (
-        server_directory() as directory,
-        EmbeddedPostgres(
-            directory,
-            version=postgres_version,
-            settings={"max_prepared_transactions": "5", "fsync": "off"},
-        ) as server,
-    ):
-        upgrade(server.url())
-        engine = sa.create_engine(
-            server.url().replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool
-        )
-        Base.metadata.create_all(engine)
-        yield engine, WakeCounter(Settings(database_url=server.url())), Log(server.url())
-        engine.dispose()
-
-
 class TestTwoPhase:
     def test_prepared_is_not_published_yet(
-        self, two_phase: tuple[sa.Engine, WakeCounter, Log]
+        self, engine: sa.Engine, counter: WakeCounter, log: Log
     ) -> None:
-        engine, counter, log = two_phase
-        before = len(log.read())
         maker = sessionmaker(engine, twophase=True)
         install(maker, counter.layer)
         with maker() as first, maker() as second:
@@ -353,20 +330,20 @@ class TestTwoPhase:
             first.prepare()
             publish(second, "room", {"n": "second"})
             second.commit()
-            assert log.read()[before:] == ["second"]
+            assert log.read() == ["second"]
             first.commit()
-        assert log.read()[before:] == ["second", "first"]
+        assert log.read() == ["second", "first"]
 
-    def test_prepared_and_rolled_back(self, two_phase: tuple[sa.Engine, WakeCounter, Log]) -> None:
-        engine, counter, log = two_phase
-        before = log.read()
+    def test_prepared_and_rolled_back(
+        self, engine: sa.Engine, counter: WakeCounter, log: Log
+    ) -> None:
         maker = sessionmaker(engine, twophase=True)
         install(maker, counter.layer)
         with maker() as session:
             publish(session, "room", {"n": 1})
             session.prepare()
             session.rollback()
-        assert log.read() == before
+        assert log.read() == []
 
 
 class TestAsync:
@@ -1034,8 +1011,8 @@ class TestInstalling:
         with maker() as session:
             publish(session, "room", {"n": 1})
             session.commit()
-        assert Log(database_url, "other").read() == [1]
-        assert Log(database_url).read() == []
+        with closing(Log(database_url, "other")) as log, closing(Log(database_url)) as usual:
+            assert (log.read(), usual.read()) == ([1], [])
 
 
 class TestWaking:

@@ -7,6 +7,7 @@ log must agree with it, whatever the sessions went through.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing
 from typing import Any, cast
 
 import pytest
@@ -26,8 +27,6 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from pgchannels import Settings
-from pgchannels.embedded import EmbeddedPostgres
-from pgchannels.migrate import upgrade
 from pgchannels.orm import install
 from tests.support.orders import (
     ACTS,
@@ -43,7 +42,6 @@ from tests.support.orders import (
     replayed,
     told,
 )
-from tests.support.servers import server_directory
 from tests.support.sessions import ALL_SHAPES, Log, Make, WakeCounter
 
 
@@ -65,13 +63,15 @@ def engine(database_url: str) -> Iterator[sa.Engine]:
 
 
 @pytest.fixture
-def log(database_url: str) -> Log:
-    return Log(database_url)
+def log(database_url: str) -> Iterator[Log]:
+    with closing(Log(database_url)) as log:
+        yield log
 
 
 @pytest.fixture
-def rows(database_url: str, engine: sa.Engine) -> Rows:
-    return Rows(database_url)
+def rows(database_url: str, engine: sa.Engine) -> Iterator[Rows]:
+    with closing(Rows(database_url)) as rows:
+        yield rows
 
 
 @pytest.fixture
@@ -248,11 +248,11 @@ class TestMatrix:
                 await scoped.remove()
 
     @pytest.mark.parametrize("ending", ENDINGS)
-    def test_two_phase(self, two_phase: tuple[sa.Engine, str], ending: Ending) -> None:
-        engine, url = two_phase
-        checked = Checked(engine, Log(url), Rows(url))
+    def test_two_phase(
+        self, engine: sa.Engine, counter: WakeCounter, checked: Checked, ending: Ending
+    ) -> None:
         maker = sessionmaker(engine, twophase=True)
-        install(maker, WakeCounter(Settings(database_url=url)).layer)
+        install(maker, counter.layer)
         for act in ACTS:
             with checked.expecting(ending in COMMITTING) as customer:
                 ending(maker, act, customer)
@@ -378,23 +378,6 @@ class TestAnything:
             worker.session.close()
         assert sorted(told(log)) == sorted(rows.history())
         assert replayed(log) == rows.table()
-
-
-@pytest.fixture(scope="module")
-def two_phase(postgres_version: int) -> Iterator[tuple[sa.Engine, str]]:
-    """A server that allows prepared transactions."""
-    with (
-        server_directory() as directory,
-        EmbeddedPostgres(
-            directory,
-            version=postgres_version,
-            settings={"max_prepared_transactions": "5", "fsync": "off"},
-        ) as server,
-    ):
-        upgrade(server.url())
-        engine = prepare(server.url())
-        yield engine, server.url()
-        engine.dispose()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import enum
 import json
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -73,8 +74,9 @@ def make(engine: sa.Engine, counter: WakeCounter) -> sessionmaker[Session]:
 
 
 @pytest.fixture
-def log(database_url: str) -> Log:
-    return Log(database_url)
+def log(database_url: str) -> Iterator[Log]:
+    with closing(Log(database_url)) as log:
+        yield log
 
 
 @pytest.fixture

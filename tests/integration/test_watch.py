@@ -20,10 +20,8 @@ from psycopg.errors import (
     WrongObjectType,
 )
 
-from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.migrate import upgrade
 from pgchannels.settings import Settings
-from tests.support.servers import server_directory
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Told = tuple[str, dict[str, Any]]
@@ -328,25 +326,14 @@ class TestTransactions:
             orders.execute("insert into orders values (1, 7), (1, 8)")
         assert told(orders) == []
 
-    def test_two_phase_commit(self, postgres_version: int) -> None:
-        with server_directory() as directory:
-            settings = {"max_prepared_transactions": "4"}
-            server = EmbeddedPostgres(directory, version=postgres_version, settings=settings)
-            server.start()
-            try:
-                upgrade(server.url())
-                with psycopg.connect(server.url(), autocommit=True) as connection:
-                    connection.execute(ORDERS)
-                    watch(connection, "orders", "orders:{customer_id}")
-                    for end in ("rollback prepared", "commit prepared"):
-                        connection.execute("begin")
-                        connection.execute("insert into orders values (1, 7)")
-                        connection.execute("prepare transaction 'order'")
-                        assert told(connection) == []
-                        connection.execute(f"{end} 'order'".encode())
-                    assert outline(connection) == [("inserted", 1)]
-            finally:
-                server.stop("immediate")
+    def test_two_phase_commit(self, orders: Connection) -> None:
+        for end in ("rollback prepared", "commit prepared"):
+            orders.execute("begin")
+            orders.execute("insert into orders values (1, 7)")
+            orders.execute("prepare transaction 'order'")
+            assert told(orders) == []
+            orders.execute(f"{end} 'order'".encode())
+        assert outline(orders) == [("inserted", 1)]
 
 
 class TestKeys:

@@ -15,7 +15,6 @@ import sqlalchemy as sa
 from psycopg.rows import dict_row
 from sqlalchemy import orm
 from sqlalchemy.orm import Mapped, Session, mapped_column, relationship, sessionmaker
-from sqlalchemy.pool import NullPool
 
 from pgchannels.orm import publish, publishes
 from tests.support.sessions import Log
@@ -73,24 +72,24 @@ def order(**values: Any) -> Order:
 
 
 class Rows:
-    """The table's own account of what was committed."""
+    """The table's own account of what was committed. It has a connection, to be closed."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        self._connection = psycopg.connect(url, autocommit=True)
+
+    def close(self) -> None:
+        self._connection.close()
 
     def history(self) -> list[tuple[str, int]]:
-        with psycopg.connect(self._url) as connection:
-            return connection.execute("select operation, id from history order by n").fetchall()
+        return self._connection.execute("select operation, id from history order by n").fetchall()
 
     def beside(self) -> int:
         """How many orders are there that something was published beside."""
-        with psycopg.connect(self._url) as connection:
-            rows = connection.execute("select from orders where name like 'beside %'")
-            return rows.rowcount
+        return self._connection.execute("select from orders where name like 'beside %'").rowcount
 
     def table(self) -> dict[int, dict[str, Any]]:
-        with psycopg.connect(self._url, row_factory=dict_row) as connection:
-            return {row["id"]: row for row in connection.execute("select * from orders")}
+        with self._connection.cursor(row_factory=dict_row) as cursor:
+            return {row["id"]: row for row in cursor.execute("select * from orders")}
 
 
 def told(log: Log) -> list[tuple[str, int]]:
@@ -122,7 +121,7 @@ def replayed(log: Log) -> dict[int, dict[str, Any]]:
 
 
 def prepare(url: str) -> sa.Engine:
-    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool)
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     Base.metadata.create_all(engine)
     with psycopg.connect(url) as connection:
         connection.execute(HISTORY)

@@ -35,19 +35,21 @@ class WakeCounter:
 
 
 class Log:
-    """What readers would get, in order."""
+    """What readers would get, in order. It has a connection, to be closed."""
 
     def __init__(self, url: str, schema: str = "pgchannels") -> None:
-        self._url = url
+        self._connection = psycopg.connect(url, autocommit=True)
         self._schema = schema
+
+    def close(self) -> None:
+        self._connection.close()
 
     def messages(self) -> list[tuple[str, Any]]:
         """Channels and payloads."""
-        with psycopg.connect(self._url, autocommit=True) as connection:
-            connection.execute(f"select {self._schema}.seal()")
-            return connection.execute(
-                f"select channel, payload from {self._schema}.messages order by id"
-            ).fetchall()
+        self._connection.execute(f"select {self._schema}.seal()")
+        return self._connection.execute(
+            f"select channel, payload from {self._schema}.messages order by id"
+        ).fetchall()
 
     def payloads(self) -> list[Any]:
         return [payload for _, payload in self.messages()]
@@ -57,8 +59,7 @@ class Log:
         return [payload.get("n") for payload in self.payloads()]
 
     def orders(self) -> int:
-        with psycopg.connect(self._url) as connection:
-            row = connection.execute("select count(*) from orders").fetchone()
+        row = self._connection.execute("select count(*) from orders").fetchone()
         assert row is not None
         return int(row[0])
 

@@ -219,7 +219,7 @@ def test_only_middleware_can_be_chained(other: Any) -> None:
             other >> one
 
 
-def test_a_chain_says_what_it_looks_at() -> None:
+def test_a_chain_says_whether_it_looks_at_messages() -> None:
     @inbound
     async def looks(connection: Any, frame: Frame) -> Frame:
         return frame
@@ -228,17 +228,17 @@ def test_a_chain_says_what_it_looks_at() -> None:
     async def looks_back(connection: Any, message: Message) -> Message:
         return message
 
-    cases: list[tuple[Chain, tuple[bool, bool]]] = [
-        (Chain(), (False, False)),
-        (Chain(Middleware()), (False, False)),
-        (Chain(looks), (True, False)),
-        (Chain(looks_back), (False, True)),
-        (Middleware() >> looks >> looks_back, (True, True)),
-        (Validation() >> RateLimit(TokenBucket(1, 1)), (True, False)),
-        (Chain(Logging()), (True, True)),
+    cases: list[tuple[Chain, bool]] = [
+        (Chain(), False),
+        (Chain(Middleware()), False),
+        (Chain(looks), False),
+        (Chain(looks_back), True),
+        (Middleware() >> looks >> looks_back, True),
+        (Validation() >> RateLimit(TokenBucket(1, 1)), False),
+        (Chain(Logging()), True),
     ]
     for chain, expected in cases:
-        assert (chain.sees_inbound, chain.sees_outbound) == expected
+        assert chain.sees_outbound == expected
 
 
 def test_functions_are_made_middleware() -> None:

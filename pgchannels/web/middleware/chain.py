@@ -107,11 +107,6 @@ class Chain(Middleware):
         return self._links
 
     @property
-    def sees_inbound(self) -> bool:
-        """Whether any of them looks at what clients send."""
-        return bool(self._inbound)
-
-    @property
     def sees_outbound(self) -> bool:
         """Whether any of them looks at messages. If not, they need not be handed to it."""
         return bool(self._outbound or self._delivering)
