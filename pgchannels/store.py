@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
@@ -38,6 +39,9 @@ logger = logging.getLogger("pgchannels.store")
 
 # Seconds that a connection may take to say goodbye.
 _CLOSING_TIME = 2.0
+
+# Seconds that the server may take to confirm that it has cancelled a statement.
+_CANCELLING_TIME = 1.0
 
 
 class Partition(NamedTuple):
@@ -304,15 +308,23 @@ class Store(Queries):
         return value
 
     async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Record]:
-        if self._pool is None:
+        pool = self._pool
+        if pool is None:
             raise ChannelLayerClosed
         with driver_errors():
-            async with self._pool.acquire() as connection:
-                try:
-                    rows: list[Record] = await connection.fetch(sql, *arguments)
-                except UNAVAILABLE:
-                    connection.terminate()  # or the pool would lend it out again
-                    raise
+            connection = await pool.acquire()
+            try:
+                rows: list[Record] = await connection.fetch(sql, *arguments)
+            except UNAVAILABLE:
+                connection.terminate()  # or the pool would lend it out again
+                raise
+            except asyncio.CancelledError:
+                # A server that has gone silent would hold up who cancels for the command timeout.
+                with suppress(TimeoutError, OSError, asyncpg.InterfaceError, asyncpg.PostgresError):
+                    await pool.release(connection, timeout=_CANCELLING_TIME)
+                raise
+            finally:
+                await pool.release(connection)
         return rows
 
 

@@ -174,7 +174,7 @@ async def test_a_silent_network_is_noticed_and_polled_over(
         await stack.enter_async_context(PostgresLayer(make_settings(database_url)))
         proxy = await stack.enter_async_context(TcpProxy(database_url))
         layer = await stack.enter_async_context(
-            PostgresLayer(make_settings(database_url, listen_url=proxy.url, command_timeout=5))
+            PostgresLayer(make_settings(database_url, listen_url=proxy.url, command_timeout=60))
         )
         stream = await stack.enter_async_context(layer.subscribe("a"))
         await eventually(lambda: layer.is_listening)
@@ -182,13 +182,11 @@ async def test_a_silent_network_is_noticed_and_polled_over(
         assert await numbers(stream, 1) == [0]
 
         proxy.stall()
-        stalled = time.monotonic()
         await publish(stranger, 1, 20)
         arriving = asyncio.create_task(numbers(stream, 20))
-        await eventually(lambda: not layer.is_listening)
-        assert time.monotonic() - stalled < 2 * HEARTBEAT + 1.5
         # Long before a statement that got no answer would time out.
-        got = await asyncio.wait_for(arriving, 3)
+        await eventually(lambda: not layer.is_listening, timeout=SOON)
+        got = await asyncio.wait_for(arriving, SOON)
         assert got == list(range(1, 21))
 
         proxy.resume()
@@ -207,13 +205,28 @@ async def test_a_network_that_goes_silent_for_good_holds_nothing_up_for_long(
         try:
             await layer.send("a", {"number": 0})
             proxy.stall()
-            begun = time.monotonic()
             with pytest.raises(DatabaseUnavailable):
-                await asyncio.wait_for(layer.send("a", {"number": 1}), 5)
-            assert time.monotonic() - begun < 3
+                await asyncio.wait_for(layer.send("a", {"number": 1}), SOON)
         finally:
             async with asyncio.timeout(15):
                 await layer.close()
+
+
+async def test_who_cancels_in_a_silent_network_does_not_wait_for_it(database_url: str) -> None:
+    """It takes effect soon, and costs the pool no connection."""
+    async with TcpProxy(database_url) as proxy:
+        settings = make_settings(proxy.url, command_timeout=60, pool_size=1)
+        async with PostgresLayer(settings) as layer:
+            proxy.stall()
+            for _ in range(2):
+                asking = asyncio.create_task(layer.count_connections())
+                await asyncio.wait([asking], timeout=0.2)  # the statement is on its way by then
+                asking.cancel()
+                await asyncio.wait([asking], timeout=SOON)
+                assert asking.cancelled()
+            proxy.resume()
+            async with asyncio.timeout(SOON):
+                assert await layer.count_connections() == 0
 
 
 async def test_it_works_again_after_the_network_was_silent(database_url: str) -> None:
@@ -274,7 +287,7 @@ async def test_a_dead_listener_is_noticed_also_while_the_pool_is_exhausted(
             killed = time.monotonic()
             await stranger.execute("select pg_terminate_backend(unnest($1::int[]))", before)
             await eventually(lambda: not layer.is_listening)
-            assert time.monotonic() - killed < 2 * HEARTBEAT + 1.5
+            assert time.monotonic() - killed < SOON
             # It comes back though the pool is still of no help.
             await eventually(lambda: layer.is_listening)
             await _another_than(before, stranger)
