@@ -35,6 +35,15 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "faults" in item.path.parts:
+            # They keep several processes busy. At the same time, they would test the machine.
+            item.add_marker(pytest.mark.xdist_group("faults"))
+    # So that nobody waits for one of these in the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def postgres_version(pytestconfig: pytest.Config) -> int:
     version: int = pytestconfig.getoption("--postgres")

@@ -16,6 +16,8 @@ from tests.support.demo import RunningDemo, is_alive, request, running_demo, sta
 from tests.support.processes import Processes
 from tests.support.servers import server_directory
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("crowds")]
+
 
 @pytest.fixture
 def directory() -> Iterator[Path]:

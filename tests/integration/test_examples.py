@@ -44,7 +44,14 @@ class Running:
         return f"http://{self.address}"
 
     def socket(self, path: str, **options: Any) -> connect:
-        options = {"proxy": None, "open_timeout": 30, "max_size": 2**22, **options}
+        # Without a bound: what is never read would keep a client from hearing that it is closed.
+        options = {
+            "proxy": None,
+            "open_timeout": 30,
+            "max_size": 2**22,
+            "max_queue": None,
+            **options,
+        }
         return connect(f"ws://{self.address}{path}", **options)
 
     async def request(self, method: str, path: str, **options: Any) -> httpx2.Response:

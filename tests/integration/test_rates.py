@@ -88,6 +88,7 @@ async def test_a_window_admits_exactly_its_limit(database_url: str, processes: P
     assert Counter(given) == Counter((key, n) for key in keys for n in range(37))
 
 
+@pytest.mark.slow
 async def test_window_after_window(
     database_url: str, processes: Processes, connection: Connection
 ) -> None:
@@ -103,6 +104,7 @@ async def test_window_after_window(
     assert all(windows - 1 <= count <= windows for count in given.values())
 
 
+@pytest.mark.slow
 async def test_a_bucket_admits_its_rate(
     database_url: str, processes: Processes, connection: Connection
 ) -> None:

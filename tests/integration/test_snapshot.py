@@ -106,6 +106,7 @@ async def write(dsn: str, seed: int, done: asyncio.Event) -> None:
         await connection.close()
 
 
+@pytest.mark.slow
 async def test_a_thousand_snapshots_in_a_storm(settings: Settings) -> None:
     """One client follows the stream from the first; each later snapshot must show what it has."""
     done = asyncio.Event()

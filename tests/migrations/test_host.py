@@ -17,6 +17,8 @@ from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.schema import NEEDED_REVISION
 from tests.migrations.databases import OBJECTS, column, dump, execute, run_script
 
+pytestmark = pytest.mark.slow
+
 HOST = Path(__file__).parent / "host"
 
 # env.py as it stands, without what is optional in it, and where it looks into all schemas.

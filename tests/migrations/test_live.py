@@ -28,6 +28,8 @@ from pgchannels.store import Session
 from tests.migrations.databases import column, dump, execute, wait_for_a_waiter
 from tests.support.processes import Processes
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("crowds")]
+
 PREVIOUS = REVISIONS[-2]
 CYCLES = 3
 

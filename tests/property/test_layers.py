@@ -43,6 +43,8 @@ from tests.support.layer_world import (
     World,
 )
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("PGCHANNELS_TEST_EXAMPLES", "40"))
 SEED = os.environ.get("PGCHANNELS_TEST_SEED", "1")
 STEPS = 40

@@ -25,6 +25,8 @@ from pgchannels.messages import Message
 from pgchannels.overflow import Policy
 from pgchannels.subscription import Read, State, Subscription
 
+pytestmark = pytest.mark.slow
+
 CHANNELS = ("a", "b", "c", "d")
 MAX_SIZE = 10
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
