@@ -14,10 +14,13 @@ from pgchannels.errors import InvalidMessage
 if TYPE_CHECKING:
     from pgchannels.messages import Message
 
-__all__ = ["COMMAND_LIFETIME", "Action", "Command", "CommandWatch", "check_token_id"]
+__all__ = ["COMMAND_LIFETIME", "REVOKED", "Action", "Command", "CommandWatch", "check_token_id"]
 
 COMMAND_LIFETIME = timedelta(days=1)
 """How long a command is stored, so that nodes that could not read for a while find it."""
+
+REVOKED = "revoked"
+"""The reason to reauthorize, where tokens have been revoked."""
 
 Action: TypeAlias = Literal["close", "reauthorize"]
 

@@ -25,7 +25,7 @@ from pgchannels.channels import (
     presence_channel,
     user_channel,
 )
-from pgchannels.control import COMMAND_LIFETIME, Command, CommandWatch, check_token_id
+from pgchannels.control import COMMAND_LIFETIME, REVOKED, Command, CommandWatch, check_token_id
 from pgchannels.envelopes import Envelope, websocket_bytes_message, websocket_json_message
 from pgchannels.errors import (
     ConfigurationError,
@@ -80,7 +80,6 @@ MAX_RATE_KEY = 1000
 
 _MAX_ID = 2**63 - 1
 _MAX_KEEP = timedelta(days=3660)
-_REVOKED = "revoked"
 # Bytes of a text that is stored as it is. An entry of an index has its bounds.
 _MAX_STORED = 200
 _DIGEST = "sha256:"
@@ -638,9 +637,9 @@ class ChannelLayer(ABC):
         """
         commands = []
         if user_id is not None:
-            commands.append(Command("reauthorize", user_id=user_id, reason=_REVOKED))
+            commands.append(Command("reauthorize", user_id=user_id, reason=REVOKED))
         if token_id is not None:
-            commands.append(Command("reauthorize", token_id=token_id, reason=_REVOKED))
+            commands.append(Command("reauthorize", token_id=token_id, reason=REVOKED))
         if not commands:
             raise ValueError("revoke() takes a user_id, a token_id, or both")
         if not timedelta(0) < keep <= _MAX_KEEP:

@@ -211,7 +211,7 @@ class Members:
         except asyncio.CancelledError:
             self._to_remove.add(name)
             raise
-        except (DatabaseUnavailable, ChannelLayerClosed):
+        except (DatabaseError, ChannelLayerClosed):
             # Nothing that the caller could do about it; it is done when the database is back.
             self._to_remove.add(name)
 

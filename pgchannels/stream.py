@@ -232,14 +232,20 @@ class Stream:
             RuntimeError: outside of ``async with``.
         """
         self._check_entered()
-        self._asked_for.add(check_channel(channel))
-        if after is None and self.reads(channel):
-            return
-        self._add((channel,), await self._start(parse_start(after, None)))
+        check_channel(channel)
+        if not (after is None and self.reads(channel)):
+            self._add((channel,), await self._start(parse_start(after, None)))
+        self._asked_for.add(channel)
 
     def reads(self, channel: str) -> bool:
         """Whether *channel* is one of those that are read."""
         return channel in self._subscription
+
+    @property
+    def joined(self) -> frozenset[str]:
+        """The channels that are read, but for those that the member has by what it is."""
+        inherited = () if self._member is None else self._member.inherited
+        return frozenset(self._subscription.channels).difference(inherited)
 
     def leave(self, channel: str) -> None:
         """Stop reading *channel*. Not an error if it was not read."""

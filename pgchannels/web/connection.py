@@ -66,7 +66,6 @@ class Connection(Reader):
 
     def __init__(self, websocket: WebSocket, connections: ConnectionManager) -> None:
         super().__init__(websocket, connections)
-        self.connected_at = datetime.now(UTC)
         self._subprotocol: str | None = None
         self._headers: Iterable[tuple[bytes, bytes]] | None = None
         self._revocations = 0
@@ -90,7 +89,7 @@ class Connection(Reader):
             "state": self.state.value,
             "user_id": self.user_id,
             "metadata": None if self.metadata is None else dict(self.metadata),
-            "groups": sorted(self._groups),
+            "groups": sorted(self.groups),
             "connected_at": self.connected_at.isoformat(),
             "idle_time": round(self.idle_time, 3),
             "messages_in": self.messages_in,
@@ -152,25 +151,29 @@ class Connection(Reader):
     async def reauthorize(self) -> None:
         """Ask ``authorize`` again for each channel that is read, and leave those that it denies."""
         self._reauthorizations += 1
-        for group in sorted(self._groups):
+        for group in sorted(self.groups):
             if not await self.connections.allows(self.identity, "subscribe", group):
                 await self.group_discard(group)
                 denied = {"action": "subscribe", "channel": group}
                 await self.tell(AuthorizationError(context=denied))
 
-    def reauthorize_soon(self) -> None:
-        """Find out whether its token is still good, and what it may read. At once; never raises."""
-        if self._tasks.ended is None:
-            self._tasks.spawn(self._reauthorize())
+    def reauthorize_soon(self, revoked: str | None = None) -> None:
+        """Find out whether its token is still good, and what it may read. At once; never raises.
 
-    async def _reauthorize(self) -> None:
+        Args:
+            revoked: the user whose tokens have just been revoked, if that is why.
+        """
+        if self._tasks.ended is None:
+            self._tasks.spawn(self._reauthorize(revoked))
+
+    async def _reauthorize(self, revoked: str | None = None) -> None:
         identity = self.identity
         if identity is not None:
             await self.connections.check_not_revoked(identity)
         if self.user_id is not None and (identity is None or identity.user_id != self.user_id):
-            # Of who was found out by other means, it is known since when it is so.
-            found = Identity(self.user_id, issued_at=self.connected_at)
-            await self.connections.check_not_revoked(found)
+            # Who was found out by other means was so before we were told; else a clock has to say.
+            since = None if revoked == self.user_id else self._identified_at
+            await self.connections.check_not_revoked(Identity(self.user_id, issued_at=since))
         await self.reauthorize()
 
     def is_meant_by(self, command: Command) -> bool:
@@ -416,9 +419,11 @@ class Connection(Reader):
         return self.connections.note(error, self)
 
     async def _let_go(self) -> None:
-        if self.channel_name:
-            await self._delete_channel()
-        self.connections.exit(self)
+        try:
+            if self.channel_name:
+                await self._delete_channel()
+        finally:
+            self.connections.exit(self)
 
     async def _delete_channel(self) -> None:
         """Also ends the memberships. No error of this may hide another one."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
-from pgchannels.control import Command
+from pgchannels.control import REVOKED, Command
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError, InvalidMessage
 from pgchannels.layer import ChannelLayer
 from pgchannels.limits import Limits
@@ -264,24 +264,21 @@ class ConnectionManager:
     async def join_group(self, connection: Connection | str, group: str) -> None:
         """Make a connection, of any node, a member of a group.
 
+        ``authorize`` is not asked now, and ``limits.groups`` does not count: that is for what
+        clients want. When the connection is authorized anew, this group is asked about as any.
+
         Raises:
             GroupFull: it has as many members as the limits allow.
         """
-        name = _id_of(connection)
-        local = self._connections.get(name)
-        if local is not None:
-            await local.group_add(group)
-        else:
-            await self.layer.group_add(group, name, limit=self.limits.group_members)
+        limit = self.limits.group_members
+        await self.layer.group_add(group, _id_of(connection), limit=limit)
 
     async def leave_group(self, connection: Connection | str, group: str) -> None:
-        """End a connection's membership. Not an error if there is none."""
-        name = _id_of(connection)
-        local = self._connections.get(name)
-        if local is not None:
-            await local.group_discard(group)
-        else:
-            await self.layer.group_discard(group, name)
+        """End a connection's membership. Not an error if there is none.
+
+        What the connection has joined without being a member, it reads on.
+        """
+        await self.layer.group_discard(group, _id_of(connection))
 
     # Find
 
@@ -466,7 +463,9 @@ class ConnectionManager:
         if isinstance(error, SocketError) and error.connection is None:
             error.connection = connection
         problem = describe(error)
-        is_refused = problem.disconnects and connection.state is ConnectionState.CONNECTING
+        # Once it is admitted, it may be told and go on.
+        ends = problem.disconnects or not connection.id
+        is_refused = ends and connection.state is ConnectionState.CONNECTING
         (self._counts.refused if is_refused else self._counts.errors)[problem.code] += 1
         if problem.error_id is not None:
             logger.error(
@@ -497,7 +496,8 @@ class ConnectionManager:
             if command.action == "close":
                 connection.close_soon(command.code, command.reason)
             else:
-                connection.reauthorize_soon()
+                is_revoked = command.reason == REVOKED
+                connection.reauthorize_soon(command.user_id if is_revoked else None)
 
     def _missed(self) -> None:
         """Commands may have been lost: find out whom they would have concerned."""

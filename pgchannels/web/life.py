@@ -95,9 +95,7 @@ class Life(Wire):
         raised: Exception | None = None
         has_begun = False
         try:
-            problem = await self._guarded(admitting)
-            if problem is not None:
-                raise _Told(problem)
+            await admitting
             async with self._reading(), self._tasks.running():
                 self._watch()
                 self._tasks_run()
@@ -123,8 +121,6 @@ class Life(Wire):
         """What to close the socket with because of *error*, and what is then to be raised."""
         is_early = self.websocket.application_state is WebSocketState.CONNECTING
         error = _the_one(error)
-        if isinstance(error, _Told):
-            return error.problem.ws_code, None
         if isinstance(error, WebSocketDisconnect):
             self._gone = self._gone or error.code
             return self._gone, None
@@ -212,11 +208,3 @@ def _leaves(error: Exception) -> Iterator[Exception]:
             yield from _leaves(each)
     else:
         yield error
-
-
-class _Told(Exception):
-    """The client has been told already."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        super().__init__(problem.code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pgchannels.channels import check_channel
@@ -34,6 +35,7 @@ class Reader(Life):
 
     def __init__(self, websocket: WebSocket, connections: ConnectionManager) -> None:
         super().__init__(websocket, connections.heartbeat, connections.send_timeout)
+        self.connected_at = self._identified_at = datetime.now(UTC)
         self.connections = connections
         self.layer = connections.layer
         self.channel_name = ""
@@ -41,14 +43,19 @@ class Reader(Life):
         self.user_id: str | None = None
         self.metadata: Mapping[str, Any] | None = None
         self._stream: Stream
-        self._groups: set[str] = set()
+        # The channels that are being joined; one several times, if several do.
+        self._joining: list[str] = []
         # How often the channels have been asked about again.
         self._reauthorizations = 0
 
     @property
     def groups(self) -> frozenset[str]:
-        """The channels and groups that it reads because it was told to here."""
-        return frozenset(self._groups)
+        """The channels and groups that it reads, whoever has made it do so.
+
+        All but its own, its user's and everyone's.
+        """
+        stream = getattr(self, "_stream", None)  # None until it has been admitted
+        return frozenset() if stream is None else stream.joined
 
     @property
     def pending(self) -> int:
@@ -72,10 +79,12 @@ class Reader(Life):
             TooManyConnections: the user has as many as the limits allow.
         """
         position = Position.parse(after) if after else None
+        before = datetime.now(UTC)
         await self.layer.update_channel(
             self.channel_name, user_id=user_id, metadata=metadata, limits=self.connections.limits
         )
         self.user_id, self.metadata = user_id, metadata
+        self._identified_at = before
         if position is not None:
             await self._stream.resume(position)
 
@@ -103,7 +112,6 @@ class Reader(Life):
             InvalidChannel: it may come from the client, who is told.
         """
         self._stream.leave(check_channel(group))
-        self._groups.discard(group)
 
     async def group_add(
         self,
@@ -150,8 +158,6 @@ class Reader(Life):
         if self._reauthorizations == asked:
             return
         try:
-            if group not in self._groups:  # denied, before it was there to be left
-                raise AuthorizationError(context={"action": "subscribe", "channel": group})
             await self._check_allowed("subscribe", group)
         except BaseException:
             await self.group_discard(group)
@@ -160,19 +166,17 @@ class Reader(Life):
     @contextmanager
     def _counting(self, group: str) -> Iterator[None]:
         """Count *group* in before anything is waited for, so that none slips through."""
-        known = group in self._groups
         limit = self.connections.limits.groups
-        if not known and limit is not None and len(self._groups) >= limit:
+        read = self.groups.union(self._joining)
+        if limit is not None and group not in read and len(read) >= limit:
             raise TooManyChannels(
                 f"one connection reads at most {limit} channels", context={"limit": limit}
             )
-        self._groups.add(group)
+        self._joining.append(group)
         try:
             yield
-        except BaseException:
-            if not known:
-                self._groups.discard(group)
-            raise
+        finally:
+            self._joining.remove(group)
 
     # On behalf of the client, if it is allowed
 

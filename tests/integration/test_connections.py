@@ -23,6 +23,7 @@ from pgchannels import (
     ConfigurationError,
     DatabaseUnavailable,
     InvalidMessage,
+    InvalidPosition,
     MemoryLayer,
     Message,
 )
@@ -52,6 +53,7 @@ from pgchannels.web import (
     receives,
 )
 from pgchannels.web.auth import KeysUnavailable
+from pgchannels.web.errors import TooManyChannels
 from tests.support.eventually import eventually
 from tests.support.sockets import answer, ask, closed, serve
 
@@ -730,10 +732,27 @@ class TestBeforeTheBlock:
             raise DatabaseUnavailable("away")
 
         monkeypatch.setattr(memory, "new_channel", away)
-        async with serving(ConnectionManager(memory)) as address, address() as socket:
-            assert (await answer(socket))["code"] == "unavailable"
-            assert await closed(socket) == 1013
+        connections = ConnectionManager(memory)
+        async with serving(connections) as address:
+            status, error = await refused(address())
+            assert (status, error["code"]) == (503, "unavailable")
         assert errors() == []
+        assert connections.statistics().refused == {"unavailable": 1}
+
+    async def test_the_database_is_away_once_it_is_accepted(
+        self, memory: MemoryLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def away(*_: Any, **__: Any) -> str:
+            raise DatabaseUnavailable("away")
+
+        monkeypatch.setattr(memory, "new_channel", away)
+        tokens = Authentication(verify, FirstMessageToken())
+        connections = ConnectionManager(memory, authentication=tokens)
+        async with serving(connections) as address, address() as socket:
+            told = await ask(socket, {"type": "auth", "token": "ada:60"})
+            assert (told["type"], told["code"]) == ("error", "unavailable")
+            assert await closed(socket) == 1013
+            assert socket.close_reason == "unavailable"
 
     async def test_closed(self, memory: MemoryLayer, errors: Callable[[], list[str]]) -> None:
         """As by a shutdown, for one that was on its way."""
@@ -777,6 +796,40 @@ class TestBeforeTheBlock:
             await eventually(lambda: connections.statistics().closed)
         assert errors() == []
         assert connections.statistics().closed == {1006: 1}
+
+    async def test_cancelled_while_its_channel_is_removed(
+        self, memory: MemoryLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nothing of it stays with the manager."""
+        closed_for: list[Connection] = []
+
+        class Noting(Middleware):
+            def closed(self, connection: Connection) -> None:
+                closed_for.append(connection)
+
+        connections, app = ConnectionManager(memory, middleware=Noting()), FastAPI()
+        delete_channel = memory.delete_channel
+
+        async def cancelled(name: str) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await delete_channel(name)
+            await asyncio.sleep(0)
+
+        monkeypatch.setattr(memory, "delete_channel", cancelled)
+
+        @app.websocket("/ws")
+        async def endpoint(websocket: WebSocket) -> None:
+            with suppress(asyncio.CancelledError):
+                async with connections.connect(websocket) as connection:
+                    await room(connection)
+
+        async with serve(app) as address:
+            async with Address(address)() as socket:
+                await ready(socket)
+            await gone(connections)
+        assert len(closed_for) == 1
 
     async def test_what_it_is_accepted_with(self, memory: MemoryLayer) -> None:
         """Also where that comes before the first message."""
@@ -1130,6 +1183,38 @@ class TestAuthentication:
             async with address("user=ada") as socket:
                 await ready(socket)
 
+    async def test_revocation_of_who_has_no_token_goes_by_no_clock_of_ours(
+        self, layer: ChannelLayer
+    ) -> None:
+        connections = ConnectionManager(layer)
+        async with serving(connections) as address, address("user=ada") as socket:
+            connection = connections.get(await ready(socket))
+            assert connection is not None
+            connection._identified_at += timedelta(hours=1)
+            await connections.revoke(user_id="ada")
+            assert await closed(socket) == 3000
+
+    async def test_identified_after_a_revocation(self, layer: ChannelLayer) -> None:
+        """Who has logged in again on the same socket is not sent away for what was before."""
+        connections = ConnectionManager(layer)
+
+        async def serve_one(connection: Connection) -> None:
+            async for name in connection:
+                await connection.identify(name)
+                await connection.send_json({"is": name})
+
+        async with serving(connections, serve_one) as address, address() as socket:
+            assert await ask(socket, "bob") == {"is": "bob"}
+            await connections.revoke(user_id="ada")
+            while True:  # a clock that is coarse
+                assert await ask(socket, "ada") == {"is": "ada"}
+                (connection,) = connections
+                if not await layer.is_revoked(user_id="ada", issued_at=connection._identified_at):
+                    break
+            await layer.command(Command("reauthorize", user_id="ada"))
+            await layer.command(Command("close", user_id="ada", code=4000))
+            assert await closed(socket) == 4000
+
     async def test_origins(self, memory: MemoryLayer) -> None:
         connections = ConnectionManager(memory, origins=Origins("https://shop.example"))
         async with serving(connections) as address:
@@ -1138,6 +1223,82 @@ class TestAuthentication:
             for origin in ("https://evil.example", "null", "http://shop.example"):
                 status, error = await refused(address(origin=origin))
                 assert (status, error["code"]) == (403, "origin")
+
+
+class TestGroups:
+    """They are what the connection reads, whoever has seen to it."""
+
+    async def test_made_and_ended_by_another_node(
+        self, make_layer: Callable[[], ChannelLayer]
+    ) -> None:
+        async with make_layer() as layer, make_layer() as other:
+            here = ConnectionManager(layer, limits=Limits(groups=2))
+            there = ConnectionManager(other)
+            async with serving(here) as address, address() as socket:
+                connection = here.get(await ready(socket))
+                assert connection is not None
+                for n in range(4):  # each makes room for the next
+                    await connection.group_add(f"room:{n}")
+                    await there.join_group(connection, "theirs")
+                    await eventually(lambda: "theirs" in connection.groups)
+                    assert connection.groups == {f"room:{n}", "theirs"}
+                    with pytest.raises(TooManyChannels):
+                        await connection.join("another")
+                    await there.leave_group(connection, f"room:{n}")
+                    await there.leave_group(connection, "theirs")
+                    await eventually(lambda: not connection.groups)
+
+    async def test_the_manager_does_on_its_own_node_what_it_does_on_others(
+        self, make_layer: Callable[[], ChannelLayer]
+    ) -> None:
+        """Clients are asked about, the application is not; what a client has joined stays."""
+
+        async def authorize(identity: Identity | None, action: str, channel: str) -> bool:
+            return channel.startswith("open")
+
+        async with make_layer() as layer, make_layer() as other:
+            here = ConnectionManager(layer, authorize=authorize)
+            there = ConnectionManager(other, authorize=authorize)
+            async with serving(here) as address, address() as socket:
+                connection = here.get(await ready(socket))
+                assert connection is not None
+                for manager in (here, there):
+                    await connection.join("open")
+                    await manager.join_group(connection, "open")
+                    await manager.join_group(connection, "closed")
+                    await eventually(lambda: connection.groups == {"open", "closed"})
+                    await manager.leave_group(connection, "open")
+                    assert await layer.group_members("open") == []
+                    await connection.reauthorize()
+                    assert (await answer(socket))["code"] == "forbidden"
+                    assert connection.groups == {"open"}
+                    assert await layer.group_members("closed") == []
+
+    async def test_a_join_that_failed_is_forgotten(self, layer: ChannelLayer) -> None:
+        """A membership that comes and goes afterwards takes the group with it."""
+        connections = ConnectionManager(layer)
+        async with serving(connections) as address, address() as socket:
+            connection = connections.get(await ready(socket))
+            assert connection is not None
+            with pytest.raises(InvalidPosition):
+                await connection.group_add("room", after="99-1")
+            await connection.group_add("room")
+            await layer.group_discard("room", connection.id)
+            assert connection.groups == frozenset()
+
+    async def test_none_before_it_is_admitted(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(memory)
+        groups: list[frozenset[str]] = []
+
+        class Looking(JsonConsumer):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                groups.append(self.groups)
+
+        app = FastAPI()
+        app.add_api_websocket_route("/ws", Looking.as_endpoint(connections))
+        async with serve(app) as address, Address(address)():
+            await eventually(lambda: groups == [frozenset()])
 
 
 class TestAuthorization:

@@ -79,6 +79,23 @@ def node_id(layer: PostgresLayer) -> UUID:
     return layer._opened.members._id
 
 
+async def test_a_place_is_free_again_although_it_could_not_be_given_back_at_once(
+    database_url: str, connection: Connection
+) -> None:
+    """Whatever the database had against it: a lock timeout, say."""
+    database = rows(connection, "select current_database() as name")[0]["name"]
+    connection.execute(f"alter database {database} set lock_timeout = '100 ms'".encode())
+    settings = Settings(database_url=database_url, heartbeat_interval=0.2)
+    async with PostgresLayer(settings) as layer:
+        name = await layer.new_channel(user_id="u", limits=Limits(per_user=1))
+        with connection.transaction():
+            connection.execute("lock table pgchannels.channels in share mode")
+            await layer.delete_channel(name)
+            assert there(connection) == {node_id(layer): 1}
+        await eventually(lambda: there(connection) == {node_id(layer): 0}, timeout=30)
+        await layer.new_channel(user_id="u", limits=Limits(per_user=1))
+
+
 class TestCounting:
     async def test_what_is_counted_is_what_is_there(
         self, layers: list[PostgresLayer], connection: Connection

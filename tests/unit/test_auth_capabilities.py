@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgchannels.channels import EVERYONE
 from pgchannels.web.auth import (
     ACTIONS,
     Action,
@@ -69,6 +70,8 @@ async def test_everything_is_no_more_than_channels() -> None:
     for action in ACTIONS:
         assert await is_allowed(Capabilities(), everything, action, "any.thing")
         assert not await is_allowed(Capabilities(), everything, action, "pgchannels:user:bob")
+        for pattern in ("*", "p*", "pgchannels:*", EVERYONE):
+            assert not await is_allowed(Capabilities(), ada({pattern: ["*"]}), action, EVERYONE)
         assert not await Capabilities()(everything, action, "pgchannels:user:bob")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
-from pgchannels.channels import MAX_CHANNEL_LENGTH, check_channel
+from pgchannels.channels import MAX_CHANNEL_LENGTH, RESERVED, check_channel
 from pgchannels.errors import ConfigurationError, InvalidChannel
 from pgchannels.web.auth.identity import Identity
 from pgchannels.web.errors import AuthorizationError, SocketError
@@ -91,6 +91,8 @@ class Grants:
                 self._exact[name] = allowed
 
     def allow(self, action: Action, channel: str) -> bool:
+        if channel.startswith(RESERVED):
+            return False  # everyone's, for one: no capability is meant to reach all there are
         return action in self._exact.get(channel, ()) or any(
             action in allowed and channel.startswith(prefix) for prefix, allowed in self._prefixes
         )
