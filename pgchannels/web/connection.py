@@ -27,6 +27,7 @@ from pgchannels.web.errors import (
     SocketError,
 )
 from pgchannels.web.frames import unwrapped
+from pgchannels.web.incoming import ANSWERED
 from pgchannels.web.reader import Reader
 from pgchannels.web.wire import CLOSING_TIME
 
@@ -69,6 +70,8 @@ class Connection(Reader):
         self._subprotocol: str | None = None
         self._headers: Iterable[tuple[bytes, bytes]] | None = None
         self._revocations = 0
+        # Whether what is being received is parsed, and answered, here.
+        self._answers = False
 
     # What it is
 
@@ -125,7 +128,8 @@ class Connection(Reader):
     async def refresh(self, token: str) -> None:
         """Go on with a new token, of the same user; ask again whether it may read what it reads.
 
-        A client asks for this by ``{"type": "auth.refresh", "token": …}``.
+        A client asks for this by ``{"type": "auth.refresh", "token": …}``. Where frames are not
+        parsed here (:meth:`answers_itself`), that is the application's to read, and to call this.
 
         Raises:
             AuthenticationError: the token is no good, or another user's.
@@ -213,7 +217,10 @@ class Connection(Reader):
         return await self._receive_content()
 
     async def frames(self) -> AsyncIterator[Frame]:
-        """What the client sends, not parsed: for what is not JSON. None of it is answered here."""
+        """What the client sends, not parsed: for what is not JSON. None of it is answered here.
+
+        A ``ping``, a ``pong`` and an ``auth.refresh`` are the application's, as all else is.
+        """
         while True:
             try:
                 frame = await self._receive_frame()
@@ -221,26 +228,34 @@ class Connection(Reader):
                 return
             yield frame
 
+    def answers_itself(self, kind: str | None) -> bool:
+        """Whether a frame of this type goes no further than here. For middleware to ask of one.
+
+        ``ping`` and ``pong`` are answered where iterating gives parsed JSON, unless a consumer
+        declares them; so is ``auth.refresh``, of who was authenticated. Where it gives frames as
+        they are, nothing is.
+        """
+        if not self._answers or kind not in ANSWERED:
+            return False
+        return kind != "auth.refresh" or self.identity is not None
+
     async def _receive_content(self) -> Any:
         """The next frame's JSON. What is meant for us is answered here."""
         while True:
-            frame = await self._receive_frame()
+            frame = await self._receive_frame(answers=True)
             try:
                 content = frame.json()
             except SocketError as error:
                 await self.tell(error)
             else:
-                if not await self._is_ours(frame.type, content):
+                kind = frame.type
+                if not self.answers_itself(kind):
                     return content
-
-    async def _is_ours(self, kind: str | None, content: Any) -> bool:
-        if kind == "ping":
-            await self.send_json({**content, "type": "pong"})
-        elif kind == "auth.refresh" and self.identity is not None:
-            await self._guarded(self._refresh(content))
-        else:
-            return kind == "pong"  # that it has come is all there is to it
-        return True
+                if kind == "ping":
+                    await self.send_json({**content, "type": "pong"})
+                elif kind == "auth.refresh":
+                    await self._guarded(self._refresh(content))
+                # Of a pong, that it has come is all there is to it.
 
     async def _refresh(self, content: Mapping[str, Any]) -> None:
         token = content.get("token")
@@ -253,10 +268,11 @@ class Connection(Reader):
         expires_at = self.identity and self.identity.expires_at
         await self.send_json({"type": "auth.refreshed", "expires_at": expires_at})
 
-    async def _receive_frame(self) -> Frame:
+    async def _receive_frame(self, *, answers: bool = False) -> Frame:
         """The next frame that is not too large, and that the middleware lets pass."""
         while True:
             frame = await self._next_frame()
+            self._answers = answers
             limit = self.connections.max_frame_size
             if frame.size > limit:
                 detail = f"a frame has at most {limit} bytes"

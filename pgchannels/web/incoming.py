@@ -9,7 +9,10 @@ import orjson
 from pgchannels.web.errors import ValidationFailed
 from pgchannels.web.frames import encode_json
 
-__all__ = ["Frame"]
+__all__ = ["ANSWERED", "Frame"]
+
+# Types of what a connection may answer itself. Whether it does, it says: ``answers_itself()``.
+ANSWERED = frozenset({"ping", "pong", "auth.refresh"})
 
 _NOTHING: Any = object()
 

@@ -45,9 +45,9 @@ class JsonConsumer(WebSocketConsumer):
         """What the client sends, parsed."""
         return await self._receive_content()
 
-    async def _is_ours(self, kind: str | None, content: Any) -> bool:
+    def answers_itself(self, kind: str | None) -> bool:
         # What a class declares is its own, be it called as ours.
-        return kind not in self._receivers and await super()._is_ours(kind, content)
+        return kind not in self._receivers and super().answers_itself(kind)
 
     async def _route(self, content: Any) -> None:
         kind = content.get("type") if isinstance(content, dict) else None

@@ -22,6 +22,7 @@ from pgchannels import (
     Command,
     ConfigurationError,
     DatabaseUnavailable,
+    FixedWindow,
     InvalidMessage,
     InvalidPosition,
     MemoryLayer,
@@ -31,6 +32,7 @@ from pgchannels.web import (
     Authentication,
     AuthenticationError,
     AuthorizationError,
+    BytesConsumer,
     Capabilities,
     Connection,
     ConnectionManager,
@@ -45,10 +47,13 @@ from pgchannels.web import (
     Limits,
     Middleware,
     Origins,
+    RateLimit,
     Shutdown,
     SocketError,
     SubprotocolToken,
     TokenExpired,
+    Validation,
+    WebSocketConsumer,
     lifespan,
     receives,
 )
@@ -1002,6 +1007,37 @@ class TestAuthentication:
             assert (await answer(socket))["code"] == "token_expired"
             assert await closed(socket) == 3000
 
+    async def test_a_token_where_frames_are_not_parsed(self, memory: MemoryLayer) -> None:
+        """The application reads what the client sends, and may call refresh()."""
+
+        class Refreshing(BytesConsumer):
+            async def receive_bytes(self, data: bytes) -> None:
+                content = json.loads(data)
+                if content.get("type") == "auth.refresh":
+                    await self.refresh(content["token"])
+                await self.send_json({"got": content["type"]})
+
+        connections = ConnectionManager(
+            memory, authentication=Authentication(verify, HeaderToken())
+        )
+        app = FastAPI()
+        app.add_api_websocket_route("/ws", Refreshing.as_endpoint(connections))
+        async with serve(app) as served:
+            address = Address(served)
+            async with address(**bearer("ada:60")) as socket:
+                for kind in ("ping", "auth.refresh"):
+                    await socket.send(json.dumps({"type": kind, "token": "ada:3600"}).encode())
+                    assert await answer(socket) == {"got": kind}
+                (connection,) = connections
+                assert connection.identity is not None
+                assert connection.identity.token_id == "ada:3600"
+                await socket.send(b'{"type": "auth.refresh", "token": "bob"}')
+                assert (await answer(socket))["code"] == "other_user"
+                assert await closed(socket) == 3000
+            async with address(**bearer("ada:0.3")) as socket:
+                assert (await answer(socket))["code"] == "token_expired"
+                assert await closed(socket) == 3000
+
     @pytest.mark.parametrize("token", ["bob", "bad", "", None, 5, "ada:-1", "x" * 10_000])
     async def test_a_refresh_that_is_refused(self, memory: MemoryLayer, token: object) -> None:
         """With another's token, a bad one or none."""
@@ -1503,6 +1539,91 @@ class TestMiddleware:
             assert await ask(socket, "hello") == {"got": "HELLO"}
             assert await ask(socket, {"type": "Ping"}) == "mine"
             assert await ask(socket, {"type": "ping"}) == {"type": "pong"}
+
+    @pytest.mark.parametrize("kind", ["bytes", "frames", "text", "declared"])
+    async def test_a_ping_that_is_not_answered_counts(self, memory: MemoryLayer, kind: str) -> None:
+        """By its name alone, as much as a client likes would get past the rate."""
+        connections = ConnectionManager(memory, middleware=RateLimit(FixedWindow(1, 3600)))
+        async with raw(connections, kind) as address, address() as socket:
+            ping = '{"type": "ping", "spam": "pills"}'
+            await socket.send(ping.encode() if kind == "bytes" else ping)
+            assert await answer(socket) == {"size": len(ping)}
+            for type_ in ("ping", "pong", "auth.refresh"):
+                again = json.dumps({"type": type_})
+                await socket.send(again.encode() if kind == "bytes" else again)
+                if (kind, type_) != ("declared", "pong"):  # which it has not declared
+                    assert (await answer(socket))["code"] == "rate_limited"
+
+    async def test_pings_that_are_answered_do_not_count(self, memory: MemoryLayer) -> None:
+        connections = ConnectionManager(memory, middleware=RateLimit(FixedWindow(1, 3600)))
+        async with serving(connections) as address, address() as socket:
+            await ready(socket)
+            assert await ask(socket, 1) == {"got": 1}
+            for _ in range(3):
+                assert await ask(socket, {"type": "ping"}) == {"type": "pong"}
+            assert (await ask(socket, 2))["code"] == "rate_limited"
+
+    async def test_an_unknown_type_is_refused_where_it_is_not_answered(
+        self, memory: MemoryLayer
+    ) -> None:
+        refresh = {"type": "auth.refresh", "token": "ada"}
+        validation = Validation(unknown="refuse")
+        async with (
+            serving(ConnectionManager(memory, middleware=validation)) as address,
+            address() as socket,
+        ):
+            await ready(socket)
+            assert await ask(socket, {"type": "ping"}) == {"type": "pong"}
+            # There is no authentication, and so no token.
+            assert (await ask(socket, refresh))["code"] == "unexpected_message"
+        connections = ConnectionManager(
+            memory,
+            authentication=Authentication(verify, HeaderToken()),
+            middleware=validation,
+        )
+        async with serving(connections) as address, address(**bearer("ada")) as socket:
+            await ready(socket)
+            assert (await ask(socket, refresh))["type"] == "auth.refreshed"
+        async with raw(connections, "text") as address, address(**bearer("ada")) as socket:
+            for content in (refresh, {"type": "ping"}):
+                assert (await ask(socket, content))["code"] == "unexpected_message"
+
+
+class Bytes(BytesConsumer):
+    async def receive_bytes(self, data: bytes) -> None:
+        await self.send_json({"size": len(data)})
+
+
+class Text(WebSocketConsumer):
+    async def receive(self, text: str | None = None, bytes: bytes | None = None) -> None:
+        await self.send_json({"size": len(text or bytes or "")})
+
+
+class Declared(JsonConsumer):
+    """Parsed, but some of what would be answered is its own."""
+
+    @receives("ping", "auth.refresh")
+    async def on_ping(self, content: Any) -> None:
+        await self.send_json({"size": len(json.dumps(content))})
+
+
+@asynccontextmanager
+async def raw(connections: ConnectionManager, kind: str) -> AsyncIterator[Address]:
+    """Answers each frame that reaches it by its size."""
+
+    async def frames(connection: Connection) -> None:
+        async for frame in connection.frames():
+            await connection.send_json({"size": frame.size})
+
+    if kind == "frames":
+        async with serving(connections, frames) as address:
+            yield address
+        return
+    consumer = {"bytes": Bytes, "text": Text, "declared": Declared}[kind]
+    app = FastAPI()
+    app.add_api_websocket_route("/ws", consumer.as_endpoint(connections))
+    async with serve(app) as served:
+        yield Address(served)
 
 
 class TestHeartbeat:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -66,10 +66,14 @@ class FakeConnection:
     id: str
     user_id: str | None = None
     layer: FakeLayer = field(default_factory=FakeLayer)
+    answered: Collection[str] = ("ping", "pong", "auth.refresh")
+
+    def answers_itself(self, kind: str | None) -> bool:
+        return kind in self.answered
 
 
-def connect(user_id: str | None = None, layer: FakeLayer | None = None) -> Any:
-    return FakeConnection(f"ws.{next(_numbers)}", user_id, layer or FakeLayer())
+def connect(user_id: str | None = None, layer: FakeLayer | None = None, **more: Any) -> Any:
+    return FakeConnection(f"ws.{next(_numbers)}", user_id, layer or FakeLayer(), **more)
 
 
 def message(text: str = '{"type": "chat.message", "text": "hello"}') -> Message:
@@ -408,6 +412,8 @@ async def test_what_connections_answer_themselves_is_never_unknown(kind: str) ->
     frame = Frame(json.dumps({"type": kind}))
     validation = Validation(models={"chat.send": ChatSend}, unknown="refuse")
     assert await validation.inbound(connect(), frame) is frame
+    error = await refused(validation, connect(answered=()), frame)
+    assert error.code == "unexpected_message"
 
 
 class Anything(BaseModel):
@@ -698,8 +704,20 @@ async def test_excluded_types_do_not_count_unless_they_are_large() -> None:
     large = Frame(json.dumps({"type": "ping", "text": "x" * 5000}))
     await refused(limit, connection, large)
     other = RateLimit(FixedWindow(1, 60), exclude={"typing"})
+    await other.inbound(connection, Frame('{"type": "typing"}'))
     await other.inbound(connection, Frame('{"type": "ping"}'))
     await refused(other, connection, Frame('{"type": "ping"}'))
+
+
+@pytest.mark.parametrize("kind", ["ping", "pong", "auth.refresh"])
+async def test_what_reaches_the_application_counts_by_whatever_name(kind: str) -> None:
+    limit = RateLimit(FixedWindow(1, 3600), exclude={"ping", "pong", "auth.refresh", "typing"})
+    frame = Frame(json.dumps({"type": kind}))
+    connection = connect(answered=())
+    await limit.inbound(connection, frame)
+    await refused(limit, connection, frame)
+    # What an application excludes of its own is its own affair.
+    await limit.inbound(connection, Frame('{"type": "typing"}'))
 
 
 async def test_what_is_no_json_counts() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 from pgchannels.errors import ConfigurationError, DatabaseUnavailable
 from pgchannels.rates import Admission, Limiter, Rate
 from pgchannels.web.errors import Problem, RateLimitExceeded, SocketError, describe
-from pgchannels.web.incoming import Frame
+from pgchannels.web.incoming import ANSWERED, Frame
 from pgchannels.web.middleware.chain import Middleware, types_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ class RateLimit(Middleware):
             counts for itself), or whoever that function says.
         shared: see above. Not by connection, which is on one node anyway.
         name: of this limit, among those that are shared; two with one name count as one.
-        exclude: types that are not counted, of frames up to 4 KiB.
+        exclude: types that are not counted, of frames up to 4 KiB. ``ping``, ``pong`` and
+            ``auth.refresh`` are counted nevertheless where the connection does not answer them
+            itself, but the application gets them.
         cost: what a frame takes, 0 for nothing; 1 each if None. What costs more than can ever be
             there is refused, without a ``retry_after``.
         max_refusals: the socket is closed with 1008 by that many refusals in a row; None for never.
@@ -107,7 +109,7 @@ class RateLimit(Middleware):
         return self._limiter.rates
 
     async def inbound(self, connection: Connection, frame: Frame) -> Frame | None:
-        if self._is_excluded(frame):
+        if self._is_excluded(connection, frame):
             return frame
         cost = 1 if self._cost is None else self._cost(connection, frame)
         if cost == 0:
@@ -132,9 +134,15 @@ class RateLimit(Middleware):
         # Ids do not come again. Users do, and must not start anew by connecting anew.
         self._limiter.forget(_of_connection(connection))
 
-    def _is_excluded(self, frame: Frame) -> bool:
+    def _is_excluded(self, connection: Connection, frame: Frame) -> bool:
         # Who is over the rate must not be able to have large frames parsed.
-        return bool(self.exclude) and frame.size <= MAX_EXCLUDED and frame.type in self.exclude
+        if not self.exclude or frame.size > MAX_EXCLUDED:
+            return False
+        kind = frame.type
+        if kind not in self.exclude:
+            return False
+        # Else whatever is called a ping would get past the rate, and to the application.
+        return kind not in ANSWERED or connection.answers_itself(kind)
 
     def _key(self, connection: Connection, frame: Frame) -> str:
         # The kind comes first, so that no user can be called as another one's connection is.

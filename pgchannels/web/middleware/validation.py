@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Validation"]
 
 
-# What connections answer themselves.
-ANSWERED = frozenset({"ping", "pong", "auth.refresh"})
-
-
 class Validation(Middleware):
     """Refuses what is too large, too deep, or not what its type says; drops what is stale.
 
@@ -48,8 +44,8 @@ class Validation(Middleware):
         models: a pydantic model for each ``"type"``. The content must be valid for that of its
             type, whether or not the model has a field ``type``. The error is ``invalid_content``.
         unknown: what becomes of content of another type, or of none: ``"pass"``, or ``"refuse"`` by
-            the error ``unexpected_message``. What a connection answers itself passes in any case:
-            ``ping``, ``pong`` and ``auth.refresh``.
+            the error ``unexpected_message``. What the connection answers itself passes in any case:
+            ``ping``, ``pong`` and ``auth.refresh``, but not where they are the application's.
         clock: seconds since 1970.
 
     Raises:
@@ -105,13 +101,13 @@ class Validation(Middleware):
             )
         if self.ttl is not None and isinstance(content, dict) and self._is_stale(content, self.ttl):
             return None
-        self._check_model(frame.type, content)
+        self._check_model(connection, frame.type, content)
         return frame
 
-    def _check_model(self, kind: str | None, content: Any) -> None:
+    def _check_model(self, connection: Connection, kind: str | None, content: Any) -> None:
         model = None if kind is None else self.models.get(kind)
         if model is None:
-            if self.unknown == "refuse" and kind not in ANSWERED:
+            if self.unknown == "refuse" and not connection.answers_itself(kind):
                 raise UnexpectedMessage
             return
         try:
