@@ -252,7 +252,8 @@ class Connection(Reader):
                 if not self.answers_itself(kind):
                     return content
                 if kind == "ping":
-                    await self.send_json({**content, "type": "pong"})
+                    # More levels can be read than written.
+                    await self._guarded(self.send_json({**content, "type": "pong"}))
                 elif kind == "auth.refresh":
                     await self._guarded(self._refresh(content))
                 # Of a pong, that it has come is all there is to it.

@@ -411,6 +411,11 @@ class TestMistakesOfTheClient:
             assert await ask(socket, {"type": "ping", "n": 7}) == {"type": "pong", "n": 7}
             await socket.send('{"type": "pong"}')  # is not answered
             assert await ask(socket, 1) == {"got": 1}
+            for depth in (260, 1000):
+                deep = '{"type": "ping", "n": ' + "[" * depth + "]" * depth + "}"
+                told = await ask_text(socket, deep)
+                assert told["code"] == "invalid_message"
+            assert await ask(socket, {"type": "ping"}) == {"type": "pong"}
             # Nobody has authenticated here, so this is the endpoint's.
             refresh = {"type": "auth.refresh", "token": "x"}
             assert await ask(socket, refresh) == {"got": refresh}
