@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from pgchannels.errors import ChannelLayerClosed, DatabaseUnavailable, UnknownPosition
+from pgchannels.errors import (
+    ChannelLayerClosed,
+    ConfigurationError,
+    DatabaseUnavailable,
+    UnknownPosition,
+)
 from pgchannels.web.auth import Identity
 from pgchannels.web.codes import ABNORMAL
 from pgchannels.web.errors import (
@@ -69,6 +74,7 @@ class Connection(Reader):
         super().__init__(websocket, connections)
         self._subprotocol: str | None = None
         self._headers: Iterable[tuple[bytes, bytes]] | None = None
+        self._accepted = False  # by us, with this subprotocol
         self._revocations = 0
         # Whether what is being received is parsed, and answered, here.
         self._answers = False
@@ -107,20 +113,40 @@ class Connection(Reader):
     async def accept(
         self, subprotocol: str | None = None, headers: Iterable[tuple[bytes, bytes]] | None = None
     ) -> None:
-        """Accept the socket, unless that has been done. ``connections.connect()`` does it."""
+        """Accept the socket, unless that has been done. ``connections.connect()`` does it.
+
+        Raises:
+            ConfigurationError: it has been accepted before, and not with this subprotocol. Where a
+                token comes with the first message, that is before a consumer's ``connect()``: say
+                :meth:`accept_with` in its ``__init__()``.
+        """
         authentication = self.connections.authentication
+        if self._accepted and subprotocol not in (None, self._subprotocol):
+            other = "without one" if self._subprotocol is None else f"with {self._subprotocol!r}"
+            raise ConfigurationError(
+                f"accept({subprotocol!r}) comes too late: the socket was accepted before, {other}. "
+                "If its token comes with the first message, that is before connect(): say "
+                f"accept_with({subprotocol!r}) in __init__()"
+            )
         if subprotocol is None:
             subprotocol = self._subprotocol
         if headers is None:
             headers = self._headers
         if subprotocol is None and authentication is not None:
             subprotocol = authentication.accept_subprotocol(self.websocket)
+        if self.websocket.application_state is WebSocketState.CONNECTING:
+            self._accepted, self._subprotocol = True, subprotocol
         await super().accept(subprotocol, headers)
 
     def accept_with(
-        self, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]] | None
+        self,
+        subprotocol: str | None = None,
+        headers: Iterable[tuple[bytes, bytes]] | None = None,
     ) -> None:
-        """Say what it is accepted with, if :meth:`accept` does not: it may be soon."""
+        """Say what it is accepted with, if :meth:`accept` does not: it may be soon.
+
+        For a consumer's ``__init__()``.
+        """
         self._subprotocol, self._headers = subprotocol, headers
 
     # Its token

@@ -858,6 +858,48 @@ class TestBeforeTheBlock:
             assert socket.response is not None
             assert socket.response.headers["x-node"] == "1"
 
+    async def test_a_subprotocol_that_comes_too_late(
+        self,
+        memory: MemoryLayer,
+        errors: Callable[[], list[str]],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """In connect(), which is after the first message. A client with a header does not mind."""
+
+        class Late(JsonConsumer):
+            async def connect(self) -> None:
+                await self.accept("chat.v1")
+                await self.accept()
+                await self.accept("chat.v1")
+                await self.send_json({"ready": self.id})
+
+        class InTime(Late):
+            def __init__(self, websocket: WebSocket, connections: ConnectionManager) -> None:
+                super().__init__(websocket, connections)
+                self.accept_with("chat.v1")
+
+        offer: Any = {"subprotocols": ["chat.v1"]}
+        authentication = Authentication(verify, HeaderToken(), FirstMessageToken())
+        for consumer in (InTime, Late):
+            connections = ConnectionManager(memory, authentication=authentication)
+            app = FastAPI()
+            app.add_api_websocket_route("/ws", consumer.as_endpoint(connections))
+            async with serve(app) as served:
+                async with Address(served)(**offer, **bearer("ada")) as socket:
+                    await ready(socket)
+                    assert socket.subprotocol == "chat.v1"
+                assert errors() == []
+                async with Address(served)(**offer) as socket:
+                    await socket.send('{"type": "auth", "token": "ada"}')
+                    if consumer is InTime:
+                        await ready(socket)
+                        assert socket.subprotocol == "chat.v1"
+                    else:
+                        assert (await answer(socket))["code"] == "internal_error"
+                        assert await closed(socket) == 1011
+                        assert len(errors()) == 1
+                        assert "say accept_with('chat.v1')" in caplog.text
+
 
 class TestCloses:
     """What cannot be said in a close frame as it is given."""
