@@ -3,13 +3,15 @@
 # No postponed annotations here: FastAPI resolves those of the endpoints, which name what is local.
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pgchannels.channels import check_channel, check_user
@@ -28,6 +30,8 @@ __all__ = ["admin_router"]
 logger = logging.getLogger("pgchannels.web.admin")
 
 MAX_REASON = 123
+# Seconds. A timedelta counts microseconds: of less, nothing would be left.
+MIN_KEEP = 1e-6
 MAX_KEEP = 10 * 365 * 86_400
 
 
@@ -117,7 +121,7 @@ class Revocation(_Body):
     token_id: TokenId | None = Field(None, description="a token's `jti`")
     keep: float = Field(
         86_400.0,
-        gt=0,
+        ge=MIN_KEEP,
         le=MAX_KEEP,
         description="seconds for which that is remembered: at least as long as a token is good",
     )
@@ -156,6 +160,30 @@ class ConnectionPage(BaseModel):
 
     connections: list[ConnectionView]
     next: str | None = Field(description="`after=` it for more; null: no more")
+
+
+class _Route(APIRoute):
+    """Says what is wrong about a body, without ``input``.
+
+    That is what was sent, and need not be anything that a response can hold: half of a surrogate
+    pair, NaN, a thousand arrays in one another.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except RequestValidationError as error:
+                found = [
+                    {name: problem[name] for name in ("type", "loc", "msg")}
+                    for problem in error.errors()
+                ]
+            # Not inside the except: the first one would be its context, and logs show that.
+            raise RequestValidationError(found)
+
+        return handle
 
 
 def admin_router(
@@ -207,7 +235,7 @@ def admin_router(
             return who(allowed)
         return allowed if isinstance(allowed, str) else None
 
-    router = APIRouter(**{"tags": ["admin"], **options})
+    router = APIRouter(**{"tags": ["admin"], "route_class": _Route, **options})
     layer = connections.layer
 
     @router.post("/announcements", status_code=201)

@@ -319,6 +319,7 @@ class TestWhatIsWrong:
             ("revocations", {}, "user_id, token_id"),
             ("revocations", {"user_id": "7", "keep": 0}, "keep"),
             ("revocations", {"user_id": "7", "keep": 1e12}, "keep"),
+            ("revocations", {"user_id": "7", "keep": 1e-12}, "keep"),
             ("revocations", {"token_id": ""}, "token_id"),
         ],
     )
@@ -329,6 +330,39 @@ class TestWhatIsWrong:
             response = await http.post(f"/admin/{path}", json=body)
         assert response.status_code == 422
         assert where in response.text
+
+    @pytest.mark.parametrize(
+        ("path", "body", "where"),
+        [
+            ("announcements", r'{"payload": {}, "headers": {"\ud800": 1}}', "headers"),
+            ("announcements", r'{"payload": {}, "\ud800": 1}', "body"),
+            ("announcements", '{"payload": NaN}', "payload"),
+            ("announcements", '{"payload": ' + "[" * 900 + "]" * 900 + "}", "payload"),
+            ("messages", r'{"payload": {"a": "\ud800"}}', "exactly one of"),
+            ("messages", r'{"payload": {}, "user_id": "\ud800"}', "user_id"),
+            ("messages", r'{"payload": {}, "group": "\ud800"}', "group"),
+            ("disconnections", r'{"connection": "\ud800"}', "connection"),
+            ("disconnections", r'{"everyone": true, "reason": "\ud800"}', "reason"),
+            ("revocations", r'{"user_id": "\ud800"}', "user_id"),
+            ("revocations", r'{"token_id": "\ud800"}', "token_id"),
+        ],
+    )
+    async def test_though_no_answer_could_repeat_it(
+        self, memory: ConnectionManager, path: str, body: str, where: str
+    ) -> None:
+        async with client(application(memory)) as http:
+            response = await http.post(
+                f"/admin/{path}", content=body, headers={"content-type": "application/json"}
+            )
+        assert response.status_code == 422
+        (problem,) = response.json()["detail"]
+        assert problem.keys() == {"type", "loc", "msg"}
+        assert where in f"{problem['loc']} {problem['msg']}"
+
+    async def test_the_least_that_can_be_kept(self, memory: ConnectionManager) -> None:
+        async with client(application(memory)) as http:
+            body = {"user_id": "7", "keep": 1e-6}
+            assert (await http.post("/admin/revocations", json=body)).status_code == 202
 
     @pytest.mark.parametrize(
         ("body", "status", "code"),
