@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from pgchannels.channels import check_channel, check_user
+from pgchannels.channels import check_channel, check_user, is_connection
 from pgchannels.control import Command, check_token_id
 from pgchannels.errors import ConfigurationError
 from pgchannels.layer import MAX_CONNECTIONS
@@ -47,7 +47,14 @@ def _check_reason(reason: str) -> str:
     return reason
 
 
+def _check_connection(id: str) -> str:
+    if not is_connection(check_channel(id)):
+        raise ValueError("this is not a connection's id")
+    return id
+
+
 Channel = Annotated[str, AfterValidator(check_channel)]
+ConnectionId = Annotated[str, AfterValidator(_check_connection)]
 User = Annotated[str, AfterValidator(check_user)]
 TokenId = Annotated[str, AfterValidator(check_token_id)]
 
@@ -77,7 +84,7 @@ class Announcement(_Body):
 class AdminMessage(Announcement, _Selection):
     """What somebody is told: exactly one of connection, user_id, group and room."""
 
-    connection: Channel | None = Field(None, description="a connection's id")
+    connection: ConnectionId | None = Field(None, description="a connection's id")
     user_id: User | None = None
     group: Channel | None = None
     room: Channel | None = Field(None, description="the same as `group`")
@@ -94,7 +101,7 @@ class AdminMessage(Announcement, _Selection):
 class Disconnection(_Selection):
     """Who is sent away: exactly one of connection, user_id, group and everyone."""
 
-    connection: Channel | None = Field(None, description="a connection's id")
+    connection: ConnectionId | None = Field(None, description="a connection's id")
     user_id: User | None = None
     group: Channel | None = Field(None, description="whoever reads it")
     everyone: Literal[True] | None = None
@@ -333,6 +340,8 @@ def _logged(action: str, target: str, admin: str | None) -> Iterator[None]:
 
 
 async def _find(connections: "ConnectionManager", id: str) -> "ConnectionInfo | None":
+    if not is_connection(id):
+        return None
     # There is a query for what comes after a name, in the order of bytes. Of what comes after the
     # name without its last character, few come before it.
     after = id[:-1] or None

@@ -113,6 +113,7 @@ def client(app: FastAPI, authorization: str = "admin") -> httpx2.AsyncClient:
 
 
 HELLO = {"payload": {"type": "hello"}}
+NOBODY = f"ws.{'0' * 32}.{'0' * 16}"
 
 # Every endpoint there is: method, path, a body that it takes.
 ENDPOINTS: list[tuple[str, str, dict[str, Any] | None]] = [
@@ -246,10 +247,18 @@ class TestListing:
         elsewhere = await there.get(f"connections/{id}")
         assert elsewhere == {**found, "local": None}
 
-    @pytest.mark.parametrize("id", ["ws.nothing", "a/b", "x", "~~~~"])
+    @pytest.mark.parametrize(
+        "id", ["ws.nothing", "a/b", "x", "~~~~", NOBODY, "pgchannels:everyone"]
+    )
     async def test_none(self, nodes: tuple[Node, Node], id: str) -> None:
         await nodes[0].socket()
         await nodes[0].get(f"connections/{id}", 404)
+
+    async def test_names_that_are_ours(self, memory: ConnectionManager) -> None:
+        async with client(application(memory)) as http:
+            response = await http.get(f"/admin/connections/pgchannels:{NOBODY}")
+        assert response.status_code == 422
+        assert f"'pgchannels:{NOBODY}'" in response.text
 
 
 class TestDisconnecting:
@@ -282,7 +291,7 @@ class TestDisconnecting:
         await eventually(lambda: not any(len(node.connections) for node in nodes))
 
     async def test_nobody(self, nodes: tuple[Node, Node]) -> None:
-        await nodes[0].post("disconnections", {"connection": "ws.nothing"}, 202)
+        await nodes[0].post("disconnections", {"connection": NOBODY}, 202)
 
 
 class TestRevoking:
@@ -306,9 +315,12 @@ class TestWhatIsWrong:
             ("messages", {**HELLO, "group": "tea", "user_id": "7"}, "exactly one of"),
             ("messages", {**HELLO, "group": "a b"}, "group"),
             ("messages", {**HELLO, "group": "pgchannels:commands"}, "group"),
+            ("messages", {**HELLO, "connection": "pgchannels:everyone"}, "connection"),
+            ("messages", {**HELLO, "connection": "tea"}, "connection"),
             ("messages", {**HELLO, "usr_id": "7"}, "usr_id"),
             ("disconnections", {}, "exactly one of"),
             ("disconnections", {"everyone": False}, "everyone"),
+            ("disconnections", {"connection": "pgchannels:everyone"}, "connection"),
             ("disconnections", {"everyone": True, "user_id": "7"}, "exactly one of"),
             ("disconnections", {"everyone": True, "code": 1006}, "code"),
             ("disconnections", {"everyone": True, "code": 1005}, "code"),
