@@ -13,14 +13,10 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import AwareDatetime, BaseModel, Field
 
 from pgchannels.channels import check_channel
-from pgchannels.errors import (
-    ConfigurationError,
-    DatabaseUnavailable,
-    InvalidFilter,
-    InvalidPosition,
-)
+from pgchannels.errors import ConfigurationError, InvalidFilter, InvalidPosition
 from pgchannels.layer import MAX_HISTORY
 from pgchannels.messages import Position, parse_start
+from pgchannels.web.error_handlers import answering
 
 if TYPE_CHECKING:
     from pgchannels.layer import ChannelLayer
@@ -115,25 +111,22 @@ def channels_router(
                 _check("query", name, Position.parse, value)
         if since is not None:
             _check("query", "since", lambda time: parse_start(after, time), since)
-        try:
-            page = await layer.history(
-                channel,
-                after=after,
-                before=before,
-                since=since,
-                filter=filter,
-                order=order,
-                limit=limit,
-            )
-        except InvalidFilter as error:
-            raise _unprocessable("query", "filter", error) from error
-        except InvalidPosition as error:
-            name = "after" if str(error.position) == after else "before"
-            raise _unprocessable("query", name, error) from error
-        except DatabaseUnavailable as error:
-            raise HTTPException(
-                503, "the database is not available", {"Retry-After": "1"}
-            ) from error
+        with answering():
+            try:
+                page = await layer.history(
+                    channel,
+                    after=after,
+                    before=before,
+                    since=since,
+                    filter=filter,
+                    order=order,
+                    limit=limit,
+                )
+            except InvalidFilter as error:
+                raise _unprocessable("query", "filter", error) from error
+            except InvalidPosition as error:
+                name = "after" if str(error.position) == after else "before"
+                raise _unprocessable("query", name, error) from error
         headers = {"Cache-Control": "no-store"}
         if page.next is not None:
             query = dict(request.query_params)

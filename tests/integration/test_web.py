@@ -327,9 +327,19 @@ class TestHistory:
             response = await client.get(path("room"))
             assert response.status_code == 503
             assert response.headers["retry-after"] == "1"
+            assert response.json()["detail"]["code"] == "unavailable"
             assert "127.0.0.1" not in response.text
             proxy.resume()
             assert (await client.get(path("room"))).status_code == 200
+
+    async def test_while_the_layer_is_closed(self, layer: PostgresLayer) -> None:
+        await layer.close()
+        async with api(layer) as client:
+            response = await client.get(path("room"))
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "1"
+            assert response.json()["detail"]["code"] == "draining"
+            assert (await client.get(path("room"), params={"after": "x"})).status_code == 422
 
 
 class Recorder(JsonConsumer):
