@@ -26,8 +26,17 @@ __all__ = ["JWT"]
 
 logger = logging.getLogger("pgchannels.web")
 
-# Besides PyJWT's own: what parsers raise of texts that are made to break them.
-_BROKEN = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
+# Besides PyJWT's own: what parsers raise of texts that are made to break them, and, OSError,
+# fromtimestamp() of a time that the C library cannot tell.
+_BROKEN = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+    OSError,
+)
 
 Fetch = Callable[[], Awaitable[Mapping[str, Any]]]
 
