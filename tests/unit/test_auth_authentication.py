@@ -282,6 +282,11 @@ class TestIdentity:
         with pytest.raises(TypeError):
             identity.claims["a"] = 3  # type: ignore[index]
 
+    @pytest.mark.parametrize("token_id", ["", "\0", "x" * 1001, "\ud800", 7])
+    def test_a_token_can_be_revoked_by_its_id(self, token_id: Any) -> None:
+        with pytest.raises(ValueError, match=r"the id of a token|surrogates"):
+            Identity("ada", token_id=token_id)
+
     def test_times_have_a_zone(self) -> None:
         with pytest.raises(ValueError, match="time zone"):
             Identity("ada", expires_at=datetime(2026, 1, 1))  # noqa: DTZ001

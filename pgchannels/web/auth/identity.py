@@ -9,6 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from pgchannels.channels import check_user
+from pgchannels.control import check_token_id
+from pgchannels.errors import InvalidMessage
 
 __all__ = ["Identity"]
 
@@ -22,14 +24,14 @@ class Identity:
     Args:
         user_id: 1 to 1000 characters; the user that the connection will belong to.
         claims: all that the token says.
-        token_id: the token's own id (``jti``), to revoke it by.
+        token_id: the token's own id (``jti``), to revoke it by; 1 to 1000 characters.
         issued_at: when the token was made, with a time zone.
         expires_at: from when on it is not accepted, with a time zone; None if it always is.
         capabilities: what :class:`Capabilities` goes by, instead of a claim.
 
     Raises:
         InvalidUser: not what a user's id may be.
-        ValueError: a time without a zone.
+        ValueError: a time without a zone, or a token's id that nothing could be revoked by.
     """
 
     user_id: str
@@ -41,6 +43,12 @@ class Identity:
 
     def __post_init__(self) -> None:
         check_user(self.user_id)
+        if self.token_id is not None:
+            try:
+                check_token_id(self.token_id)
+            except InvalidMessage as error:
+                # Nobody has sent a message: it is what a token says, or what was made of it.
+                raise ValueError(str(error)) from None
         object.__setattr__(self, "claims", MappingProxyType(dict(self.claims)))
         for name in ("issued_at", "expires_at"):
             time: datetime | None = getattr(self, name)
