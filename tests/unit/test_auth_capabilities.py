@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -122,6 +123,45 @@ async def test_an_identitys_own_go_first() -> None:
     assert await is_allowed(Capabilities(), identity, "publish", "a")
     assert not await is_allowed(Capabilities(), identity, "publish", "b")
     assert not await is_allowed(Capabilities(), ada({}, capabilities={}), "publish", "b")
+
+
+async def test_a_table_is_read_once_for_each_identity() -> None:
+    class Counted(dict[str, Any]):
+        read = 0
+
+        def items(self) -> Any:
+            self.read += 1
+            return super().items()
+
+    table = Counted({"a": ["publish"]})
+    capabilities = Capabilities()
+    first = Identity("ada", capabilities=table)
+    for _ in range(100):
+        assert await capabilities(first, "publish", "a")
+        assert not await capabilities(first, "publish", "b")
+    assert table.read == 1
+    # An equal one is another one: its table may have changed since.
+    table["b"] = table.pop("a")
+    second = Identity("ada", capabilities=table)
+    assert first == second
+    assert await capabilities(second, "publish", "b")
+    assert not await capabilities(second, "publish", "a")
+
+
+async def test_nothing_is_kept_of_who_is_gone() -> None:
+    capabilities = Capabilities()
+    for n in range(1000):
+        channel = f"room:{n}"
+        assert await capabilities(ada({channel: ["publish"]}), "publish", channel)
+    gc.collect()
+    assert not capabilities._parsed
+
+
+async def test_a_malformed_claim_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    capabilities, identity = Capabilities(), ada([])
+    for _ in range(10):
+        assert not await capabilities(identity, "publish", "a")
+    assert len(caplog.records) == 1
 
 
 async def test_another_claim() -> None:

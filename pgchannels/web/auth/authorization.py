@@ -8,6 +8,7 @@ Nothing is allowed unless the answer is True: not by a truthy value, and not by 
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, TypeAlias, get_args
+from weakref import ref
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection
@@ -132,7 +133,7 @@ class Capabilities:
 
     The patterns and actions are those of :class:`Grants`. A claim that is missing, or is not such a
     table as a whole, allows nothing. An :class:`Identity` with capabilities of its own goes by
-    those.
+    those. The table is read once for each identity: to change it, make another one.
 
     Args:
         claim: where the table stands.
@@ -140,21 +141,36 @@ class Capabilities:
 
     def __init__(self, claim: str = "cap") -> None:
         self.claim = claim
+        # By id(): claims cannot be hashed. An entry goes with its identity, before the id is given
+        # to another object.
+        self._parsed: dict[int, tuple[ref[Identity], Grants | None]] = {}
 
     async def __call__(self, identity: Identity | None, action: Action, channel: str) -> bool:
         if identity is None or not _is_channel(channel):
             return False
+        grants = self._grants(identity)
+        return grants is not None and grants.allow(action, channel)
+
+    def _grants(self, identity: Identity) -> Grants | None:
+        # A socket asks for each of its channels, a thousand times with the same table.
+        key = id(identity)
+        if key not in self._parsed:
+            parsed = self._parsed
+            parsed[key] = (ref(identity, lambda _: parsed.pop(key, None)), self._parse(identity))
+        return self._parsed[key][1]
+
+    def _parse(self, identity: Identity) -> Grants | None:
         table = identity.capabilities
         if table is None:
             table = identity.claims.get(self.claim)
         if table is None:
-            return False
+            return None
         try:
-            return Grants(table).allow(action, channel)
+            return Grants(table)
         except ValueError as error:
             # Whose it is, and what it says, is not for the log.
             logger.warning("the claim %r allows nothing: %s", self.claim, error)
-            return False
+            return None
 
 
 def http_authorize(
