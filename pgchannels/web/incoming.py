@@ -9,12 +9,21 @@ import orjson
 from pgchannels.web.errors import ValidationFailed
 from pgchannels.web.frames import encode_json
 
-__all__ = ["ANSWERED", "Frame"]
+__all__ = ["ANSWERED", "Frame", "size_of"]
 
 # Types of what a connection may answer itself. Whether it does, it says: ``answers_itself()``.
 ANSWERED = frozenset({"ping", "pong", "auth.refresh"})
 
 _NOTHING: Any = object()
+
+
+def size_of(raw: str | bytes) -> int:
+    """Bytes, of a text in UTF-8. What is ASCII, which a str knows of itself, is not encoded."""
+    if not isinstance(raw, str) or raw.isascii():
+        return len(raw)
+    # Half of a pair counts as three bytes. A server lets none in (RFC 6455, 8.1); an application or
+    # a test may make one.
+    return len(raw.encode(errors="surrogatepass"))
 
 
 class Frame:
@@ -44,14 +53,7 @@ class Frame:
     def size(self) -> int:
         """Bytes, of a text in UTF-8."""
         if self._size is None:
-            raw = self._raw
-            if isinstance(raw, str):
-                # Half of a pair counts as three bytes. A server lets none in (RFC 6455, 8.1); an
-                # application or a test may make one.
-                raw_size = len(raw) if raw.isascii() else len(raw.encode(errors="surrogatepass"))
-            else:
-                raw_size = len(raw)
-            self._size = raw_size
+            self._size = size_of(self._raw)
         return self._size
 
     def json(self) -> Any:

@@ -27,7 +27,7 @@ from pgchannels.web.codes import (
 )
 from pgchannels.web.errors import Problem, TokenExpired
 from pgchannels.web.frames import encode_json
-from pgchannels.web.incoming import Frame
+from pgchannels.web.incoming import Frame, size_of
 from pgchannels.web.liveness import Heartbeat, Liveness, Verdict
 from pgchannels.web.tasks import SocketTasks
 
@@ -179,7 +179,7 @@ class Wire:
         finally:
             liveness.sent(time())
         self.messages_out += 1
-        self.bytes_out += len(data)  # of a text, characters: it is not encoded once more for this
+        self.bytes_out += size_of(data)
 
     async def _next_frame(self) -> Frame:
         """What the client sends. Ends as an iterator does when it is gone."""
@@ -196,7 +196,7 @@ class Wire:
         text: str | None = received.get("text")
         frame = Frame(received.get("bytes") or b"" if text is None else text)
         self.messages_in += 1
-        self.bytes_in += len(frame.raw)
+        self.bytes_in += frame.size
         self._liveness.heard(self._loop.time())
         return frame
 

@@ -88,6 +88,19 @@ class TestStatus:
         }
         assert (after["connections"], after["closed"]) == (0, {"1000": 2})
 
+    async def test_bytes_are_those_of_utf_8(self, memory: ConnectionManager) -> None:
+        async with serve(application(memory)) as address:
+            async with connect(f"ws://{address}/ws") as socket:
+                for text in ('"ü€😀"', '"abc"'):
+                    await socket.send(text)
+                    await answer(socket)
+                (connection,) = memory
+                size = len('"ü€😀""abc"'.encode())
+                assert (connection.bytes_in, connection.bytes_out) == (size, size)
+            await eventually(lambda: len(memory) == 0)
+        counted = memory.statistics()
+        assert (counted.bytes_in, counted.bytes_out) == (size, size)
+
     async def test_all_nodes_together(self) -> None:
         log = MemoryLog()
         async with MemoryLayer(log=log) as here, MemoryLayer(log=log) as there:
