@@ -61,11 +61,11 @@ class Shutdown:
 
     Args:
         reconnect_within: each client is told, by ``{"type": "reconnect", "reconnect_in": …}``, when
-            to connect again; these times are spread evenly over so long.
-        timeout: what saying so to all of them may take.
+            to connect again; these times are spread evenly over so long. Not infinite.
+        timeout: what saying so to all of them may take; :data:`math.inf` for as long as it takes.
 
     Raises:
-        ConfigurationError: one is negative.
+        ConfigurationError: one is negative or no number, or there is no time to connect again.
     """
 
     reconnect_within: float = 10.0
@@ -76,6 +76,9 @@ class Shutdown:
             given: object = getattr(self, name)
             if not isinstance(given, (int, float)) or not given >= 0:
                 raise ConfigurationError(f"{name} must be 0 seconds or more, not {given!r}")
+        if self.reconnect_within == inf:
+            # Clients would be told null, which is no time.
+            raise ConfigurationError("reconnect_within must be finite")
 
 
 class ConnectionManager:

@@ -52,9 +52,10 @@ class Health:
         timeout: float = 5.0,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        if grace < 0:
+        # Not the other way around: of NaN, every comparison is false.
+        if not grace >= 0:
             raise ConfigurationError(f"grace must not be negative: {grace!r}")
-        if timeout <= 0:
+        if not timeout > 0:
             raise ConfigurationError(f"timeout must be positive, not {timeout!r}")
         self._connections = connections
         self._grace = grace

@@ -51,7 +51,7 @@ class Heartbeat:
                 f"a heartbeat's timeout ({self.timeout:g} s) must be longer than its interval "
                 f"({self.interval:g} s), and both positive"
             )
-        if self.missed < 1:
+        if not self.missed >= 1:
             raise ConfigurationError(f"a heartbeat may miss one answer at least, not {self.missed}")
 
     def server_options(self) -> dict[str, Any]:

@@ -1912,6 +1912,7 @@ class TestConfiguration:
             {"interval": 60, "timeout": 60},
             {"timeout": float("inf")},
             {"missed": 0},
+            {"missed": float("nan")},
             {"by": "smoke"},
         ],
     )
@@ -1920,7 +1921,15 @@ class TestConfiguration:
             Heartbeat(**options)
 
     @pytest.mark.parametrize(
-        "options", [{"reconnect_within": -1}, {"timeout": -0.1}, {"timeout": "5"}]
+        "options",
+        [
+            {"reconnect_within": -1},
+            {"reconnect_within": float("inf")},
+            {"reconnect_within": float("nan")},
+            {"timeout": -0.1},
+            {"timeout": float("nan")},
+            {"timeout": "5"},
+        ],
     )
     def test_shutdown(self, options: dict[str, Any]) -> None:
         with pytest.raises(ConfigurationError):

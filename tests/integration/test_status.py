@@ -250,7 +250,10 @@ class TestReady:
                 response = await http.get("/health/ready")
         assert response.json() == {"status": "not ready", "problems": ["database"]}
 
-    @pytest.mark.parametrize("options", [{"grace": -1}, {"timeout": 0}])
+    @pytest.mark.parametrize(
+        "options",
+        [{"grace": -1}, {"timeout": 0}, {"grace": float("nan")}, {"timeout": float("nan")}],
+    )
     def test_numbers_out_of_range(
         self, memory: ConnectionManager, options: dict[str, float]
     ) -> None:

@@ -507,6 +507,7 @@ async def test_times_that_are_none_are_refused(more: dict[str, Any]) -> None:
     "make",
     [
         lambda: Validation(max_bytes=0),
+        lambda: Validation(max_bytes=cast("Any", float("nan"))),
         lambda: Validation(max_depth=0),
         lambda: Validation(max_depth=1025),
         lambda: Validation(ttl=0),
@@ -519,6 +520,7 @@ async def test_times_that_are_none_are_refused(more: dict[str, Any]) -> None:
         lambda: RateLimit(TokenBucket(1, 1), by=cast("Any", "group")),
         lambda: RateLimit(TokenBucket(1, 1), shared=True),
         lambda: RateLimit(TokenBucket(1, 1), max_refusals=0),
+        lambda: RateLimit(TokenBucket(1, 1), max_refusals=cast("Any", float("nan"))),
         lambda: RateLimit(TokenBucket(1, 1), exclude="ping"),
         lambda: RateLimit(TokenBucket(1, 1), when_unavailable=cast("Any", "allow")),
     ],

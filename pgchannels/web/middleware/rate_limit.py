@@ -86,7 +86,7 @@ class RateLimit(Middleware):
             raise ConfigurationError("a connection is on one node: its rate cannot be shared")
         if cost is not None and not callable(cost):
             raise ConfigurationError(f"cost is a function of connection and frame, not {cost!r}")
-        if max_refusals is not None and max_refusals < 1:
+        if max_refusals is not None and not max_refusals >= 1:
             raise ConfigurationError(f"max_refusals must be at least 1, not {max_refusals!r}")
         if when_unavailable not in ("refuse", "local"):
             raise ConfigurationError(

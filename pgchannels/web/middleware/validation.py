@@ -63,7 +63,7 @@ class Validation(Middleware):
         close_too_large: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if max_bytes is not None and max_bytes < 1:
+        if max_bytes is not None and not max_bytes >= 1:
             raise ConfigurationError(f"max_bytes must be at least 1, not {max_bytes!r}")
         if max_depth is not None and not 1 <= max_depth <= 1024:
             raise ConfigurationError(f"max_depth must be 1 to 1024, not {max_depth!r}")
