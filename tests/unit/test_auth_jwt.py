@@ -70,6 +70,11 @@ class TestWhatItSays:
         assert identity.claims["note"] == HIDDEN[1]
         says_nothing(f"{identity} {identity!r}")
 
+    async def test_a_fraction_of_the_second_in_which_it_was_made_counts(self) -> None:
+        identity = await hs()(token(iat=NOW - 10 + 0.75, exp=NOW + 600.75))
+        assert identity.issued_at == datetime.fromtimestamp(NOW - 10 + 0.75, UTC)
+        assert identity.expires_at == datetime.fromtimestamp(NOW + 600, UTC)
+
     async def test_the_user_may_stand_in_another_claim(self) -> None:
         verify = JWT(SECRET, algorithms=["HS256"], user_claim="uid", **OPTIONS)
         assert (await verify(token(uid=42, sub=None))).user_id == "42"

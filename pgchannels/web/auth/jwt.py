@@ -171,7 +171,8 @@ class JWT:
             claims=claims,
             token_id=claims.get("jti"),
             issued_at=None if issued is None else _time(issued),
-            expires_at=None if expires is None else _time(expires, self._leeway),
+            # Without its fraction, as PyJWT looks at it.
+            expires_at=None if expires is None else _time(int(expires) + self._leeway),
         )
 
 
@@ -180,8 +181,9 @@ def _refused(error: Exception) -> dict[str, Any]:
     return {}
 
 
-def _time(seconds: Any, leeway: float = 0.0) -> datetime:
-    return datetime.fromtimestamp(int(seconds) + leeway, UTC)
+def _time(seconds: Any) -> datetime:
+    # A fraction counts (RFC 7519, section 2): a new token may be of the second of a revocation.
+    return datetime.fromtimestamp(seconds if isinstance(seconds, float) else int(seconds), UTC)
 
 
 def _names(what: str, given: str | Sequence[str] | None) -> list[str] | None:
