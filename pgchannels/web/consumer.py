@@ -127,7 +127,10 @@ class WebSocketConsumer(Connection):
         """The client has sent a frame: one of the two is not None."""
 
     async def disconnect(self, code: int) -> None:
-        """The socket is closed, by either side; *code* is 1006 if the connection just broke.
+        """The socket is closed, by either side.
+
+        If the connection just broke, *code* is 1006, or 1005: the server says which, and uvicorn's
+        default, ``websockets-sansio``, says 1005.
 
         Called exactly once if ``connect()`` was, whatever happened; cut off after five seconds. The
         memberships of the socket's channel end after it.
