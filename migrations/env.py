@@ -13,7 +13,8 @@ from alembic import context
 from sqlalchemy import Connection, text
 
 from pgchannels import migrate
-from pgchannels.revisions import migration_lock
+from pgchannels.errors import ConfigurationError
+from pgchannels.revisions import foreign_object, migration_lock
 from pgchannels.schema import LOCK_TIMEOUT, VERSION_TABLE
 from pgchannels.settings import Settings
 
@@ -48,6 +49,11 @@ def run(connection: Connection | None, schema: str) -> None:
         context.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
         if connection is None:
             context.execute(f"create schema if not exists {quoted}")
+        elif (found := connection.scalar(text(f"select {foreign_object(schema)}"))) is not None:
+            raise ConfigurationError(
+                f"schema {schema!r} is not pgchannels' own: it holds {found}. Choose a schema that "
+                "does not exist yet, or is empty: --schema, PGCHANNELS_SCHEMA_NAME, schema_name="
+            )
         elif not schema_exists(connection, schema):
             # IF NOT EXISTS would ask for the right to create schemas even where one is there.
             context.execute(f"create schema {quoted}")

@@ -50,7 +50,8 @@ class UpgradeOp(MigrateOperation):
 
         It does nothing if it is there or further. It waits for no lock for longer than half a
         second, because publishers would have to wait behind it: it gives up what it has, and tries
-        again, for a minute. What it has changed stays locked until the transaction ends.
+        again, for a minute. What it has changed stays locked until the transaction ends. Into a
+        schema that holds anything else it does not go: the statement fails.
 
         Args:
             to: the revision. Pinned, so that a migration means the same for ever.

@@ -25,6 +25,7 @@ from pgchannels.backoff import Backoff
 from pgchannels.bundled import bundled
 from pgchannels.connections import connect
 from pgchannels.errors import DatabaseError, SchemaError
+from pgchannels.revisions import is_ours
 from pgchannels.schema import NEEDED_REVISION, REVISIONS, VERSION_TABLE, check_revision
 from pgchannels.settings import Settings
 
@@ -58,6 +59,7 @@ def upgrade(settings: Settings | str, revision: str = "head") -> None:
     which this one works on, is left as it is.
 
     Raises:
+        ConfigurationError: the schema holds something else already: it is not pgchannels' own.
         SchemaError: a newer version of pgchannels has migrated this database.
         DatabaseError: PostgreSQL refused, or cannot be reached.
     """
@@ -114,13 +116,14 @@ def _found(settings: Settings) -> tuple[str | None, str | None]:
     schema = settings.schema_name
 
     def read(connection: Connection) -> tuple[str | None, str | None]:
-        inspector = inspect(connection)
-        if not inspector.has_table(VERSION_TABLE, schema=schema):
+        if not connection.scalar(text(f"select {is_ours(schema)}")):
             return None, None
         found = connection.scalar(text(f'select version_num from "{schema}".{VERSION_TABLE}'))
         if found is None or found in REVISIONS:
             return found, None
-        columns = {column["name"] for column in inspector.get_columns("log", schema=schema)}
+        columns = {
+            column["name"] for column in inspect(connection).get_columns("log", schema=schema)
+        }
         if "works_from" not in columns:
             return found, None
         return found, connection.scalar(text(f'select works_from from "{schema}".log'))

@@ -22,6 +22,8 @@ __all__ = [
     "block",
     "downgrade_blocks",
     "downgrade_from",
+    "foreign_object",
+    "is_ours",
     "migration_lock",
     "upgrade_blocks",
     "upgrade_to",
@@ -61,8 +63,33 @@ end
 
 _READ_REVISION = """\
             revision := null;
-            if to_regclass('{version_table}') is not null then
+            if {is_ours} then
                 select v.version_num into revision from {version_table} v;
+            end if;
+"""
+
+# A version table by itself may be the application's: its Alembic calls it the same.
+_IS_OURS = """\
+(to_regclass('"{schema}".{version_table}') is not null
+    and to_regclass('"{schema}".outbox') is not null
+    and to_regclass('"{schema}".log') is not null)"""
+
+# Tables before what belongs to them, for that is what somebody will recognise.
+_FOREIGN = """\
+(select case when not {is_ours} then coalesce(
+    (select pg_describe_object('pg_class'::regclass, c.oid, 0) from pg_class c
+      where c.relnamespace = to_regnamespace('"{schema}"')
+      order by c.relkind in ('r', 'p', 'v', 'm', 'f') desc, c.relname limit 1),
+    (select pg_describe_object('pg_proc'::regclass, p.oid, 0) from pg_proc p
+      where p.pronamespace = to_regnamespace('"{schema}"') order by p.proname limit 1),
+    (select pg_describe_object('pg_type'::regclass, t.oid, 0) from pg_type t
+      where t.typnamespace = to_regnamespace('"{schema}"') order by t.typname limit 1)) end)"""
+
+_REFUSE_FOREIGN = """\
+            if {foreign} is not null then
+                raise exception 'schema {schema} is not pgchannels'' own: it holds %', {foreign}
+                    using errcode = 'object_not_in_prerequisite_state',
+                          hint = 'Choose a schema that does not exist yet, or is empty.';
             end if;
 """
 
@@ -98,7 +125,7 @@ def upgrade_blocks(to: str, schema: str) -> list[str]:
     """What brings *schema* to the revision *to*, wherever it is.
 
     Nothing, if it is there or further. It makes the schema, if need be, and its version table, as
-    our own environment does.
+    our own environment does; and as that does, it refuses one that holds anything else.
     """
     return [
         *(
@@ -145,6 +172,20 @@ def migration_lock(schema: str) -> str:
     return f"pg_advisory_xact_lock(1885823848, hashtext('migrate {schema}'))"
 
 
+def is_ours(schema: str) -> str:
+    """The expression that tells whether pgchannels has made what is in *schema*."""
+    return _IS_OURS.format(schema=schema, version_table=VERSION_TABLE)
+
+
+def foreign_object(schema: str) -> str:
+    """The expression that names something in *schema*, if it is not pgchannels' own; or is null.
+
+    Pruning, grants and a downgrade take whatever is in the schema for pgchannels' own, so that it
+    must have been empty when it was migrated first.
+    """
+    return _FOREIGN.format(schema=schema, is_ours=is_ours(schema))
+
+
 def _guarded(revision: str, schema: str, *, wanted: str | None, then: str | None) -> str:
     """The step between the revisions *wanted* and *then*, which is *revision* or its undoing."""
     table = _version_table(schema)
@@ -167,19 +208,25 @@ def _guarded(revision: str, schema: str, *, wanted: str | None, then: str | None
         ]
     condition = "revision is null" if wanted is None else f"revision = '{wanted}'"
     return block(
-        _READ_REVISION.format(version_table=table)
+        _READ_REVISION.format(version_table=table, is_ours=is_ours(schema))
         + f"            if {condition} then\n"
-        + (_CREATE_SCHEMA.format(schema=schema) if wanted is None else "")
+        + (_prepare(schema) if wanted is None else "")
         + "".join(f"execute {_dollar_quoted(step, 'statement')};\n" for step in steps)
         + "            end if;",
         schema,
     )
 
 
+def _prepare(schema: str) -> str:
+    """What comes before the first revision."""
+    refuse = _REFUSE_FOREIGN.format(schema=schema, foreign=foreign_object(schema))
+    return refuse + _CREATE_SCHEMA.format(schema=schema)
+
+
 def _checked(wrong: str, to: str | None, schema: str) -> str:
     """A ``DO`` statement that raises if the condition *wrong* is true of ``revision``."""
     return block(
-        _READ_REVISION.format(version_table=_version_table(schema))
+        _READ_REVISION.format(version_table=_version_table(schema), is_ours=is_ours(schema))
         + f"""\
             if {wrong} then
                 raise exception 'schema {schema} cannot get from revision % to {to or "base"}',

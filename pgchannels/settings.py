@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     needs one of its own (LISTEN, the sequencer, the pruner, migrations). Given together with it."""
 
     schema_name: str = Field("pgchannels", pattern=r"^[a-z_][a-z0-9_]{0,39}$")
-    """The PostgreSQL schema of the tables; also the name that is notified."""
+    """The PostgreSQL schema of the tables, for nothing but them; also the name that is notified."""
 
     pool_size: int = Field(5, ge=1, le=1000)
     """Connections at most for publishing and replaying. A node has four to seven for its tasks."""

@@ -99,6 +99,15 @@ def test_migrate_takes_the_url_from_the_environment_and_another_schema(
     assert migrate.current(empty_database_url) is None
 
 
+def test_migrate_refuses_a_schema_that_holds_something_else(
+    run: Run, empty_database_url: str
+) -> None:
+    with psycopg.connect(empty_database_url, autocommit=True) as connection:
+        connection.execute("create table public.messages_2025 (id int)")
+    refused = run("migrate", "--database-url", empty_database_url, "--schema", "public")
+    assert_one_line(refused, 2, "schema 'public'", "messages_2025", "--schema")
+
+
 def test_the_script_needs_no_database_and_does_what_migrate_does(
     run: Run, empty_database_url: str
 ) -> None:

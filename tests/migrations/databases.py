@@ -36,6 +36,36 @@ def execute(url: str, statement: str) -> None:
         connection.execute(statement.encode())
 
 
+def refuse_leases(url: str) -> None:
+    """Let a migration fail midway."""
+    execute(
+        url,
+        "create function public.refuse() returns event_trigger language plpgsql as $$ begin"
+        "  if exists (select from pg_event_trigger_ddl_commands() d"
+        "              where d.object_identity = 'pgchannels.leases') then"
+        "    raise exception 'no leases here';"
+        "  end if;"
+        " end $$",
+    )
+    execute(
+        url,
+        "create event trigger refuse on ddl_command_end execute function public.refuse()",
+    )
+
+
+# What an application may have in its schema.
+THEIRS = [
+    "create table theirs.messages_2025 (id int)",
+    "create table theirs.alembic_version (version_num varchar(32) not null)",
+    "create sequence theirs.numbers",
+    "create view theirs.everything as select 1 as one",
+    "create function theirs.mine() returns int language sql as 'select 1'",
+    "create procedure theirs.mine() language sql as 'select 1'",
+    "create type theirs.mood as enum ('good')",
+    "create domain theirs.word as text",
+]
+
+
 def column(url: str, query: str) -> list[Any]:
     with psycopg.connect(url, autocommit=True, row_factory=scalar_row) as connection:
         return connection.execute(query.encode()).fetchall()

@@ -32,10 +32,12 @@ from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.schema import NEEDED_REVISION, REVISIONS
 from tests.migrations.databases import (
     OBJECTS,
+    THEIRS,
     column,
     dump,
     execute,
     publish_and_seal,
+    refuse_leases,
     run_script,
     wait_for_a_waiter,
 )
@@ -234,10 +236,41 @@ class TestUpgrade:
             run(database_url, upgrade)
 
     def test_what_fails_says_why(self, empty_database_url: str) -> None:
-        execute(empty_database_url, "create schema pgchannels")
-        execute(empty_database_url, "create table pgchannels.leases (theirs int)")
-        with pytest.raises(sa.exc.ProgrammingError, match='relation "leases" already exists'):
+        refuse_leases(empty_database_url)
+        with pytest.raises(sa.exc.DBAPIError, match="no leases here"):
             run(empty_database_url, upgrade)
+
+    @drivers
+    @pytest.mark.parametrize("statement", THEIRS)
+    def test_not_into_a_schema_that_holds_something_else(
+        self, empty_database_url: str, driver: str, statement: str
+    ) -> None:
+        execute(empty_database_url, "create schema theirs")
+        execute(empty_database_url, statement)
+        before = sorted(column(empty_database_url, OBJECTS))
+        with pytest.raises(sa.exc.DBAPIError, match=r"not pgchannels' own: it holds .*theirs\."):
+            run(
+                empty_database_url,
+                lambda op: op.pgchannels_upgrade(to=NEEDED_REVISION, schema="theirs"),
+                driver=driver,
+            )
+        run(
+            empty_database_url,
+            lambda op: op.pgchannels_downgrade(to="base", schema="theirs"),
+            driver=driver,
+        )
+        assert sorted(column(empty_database_url, OBJECTS)) == before
+
+    def test_the_version_table_of_the_application_is_not_taken_for_ours(
+        self, empty_database_url: str
+    ) -> None:
+        execute(empty_database_url, "create table public.alembic_version (version_num text)")
+        execute(empty_database_url, "insert into public.alembic_version values ('0003')")
+        with pytest.raises(sa.exc.DBAPIError, match=r"it holds table .*alembic_version"):
+            run(
+                empty_database_url,
+                lambda op: op.pgchannels_upgrade(to=NEEDED_REVISION, schema="public"),
+            )
 
     @pytest.mark.parametrize("schema", ["Upper", "it's", "a.b", "", "9a", "s" * 41])
     def test_only_names_that_settings_take(self, schema: str) -> None:

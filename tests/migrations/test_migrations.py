@@ -15,17 +15,19 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Table
 
-from pgchannels import SchemaError, migrate
+from pgchannels import ConfigurationError, DatabaseError, SchemaError, migrate
 from pgchannels.bundled import bundled
 from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.schema import NEEDED_REVISION, REVISIONS, VERSION_TABLE, followers, outbox
 from pgchannels.settings import Settings
 from tests.migrations.databases import (
     OBJECTS,
+    THEIRS,
     column,
     dump,
     execute,
     publish_and_seal,
+    refuse_leases,
     run_script,
 )
 from tests.support.processes import Processes
@@ -86,13 +88,44 @@ class TestUpgrade:
         ) == [NEEDED_REVISION]
 
     def test_what_fails_leaves_nothing(self, empty_database_url: str) -> None:
-        execute(empty_database_url, "create schema pgchannels")
-        execute(empty_database_url, "create table pgchannels.leases (theirs int)")
+        refuse_leases(empty_database_url)
         before = sorted(column(empty_database_url, OBJECTS))
-        with pytest.raises(Exception, match="leases"):
+        with pytest.raises(DatabaseError, match="no leases here"):
             migrate.upgrade(empty_database_url)
         assert sorted(column(empty_database_url, OBJECTS)) == before
         assert migrate.current(empty_database_url) is None
+
+    @pytest.mark.parametrize("statement", THEIRS)
+    def test_not_into_a_schema_that_holds_something_else(
+        self, empty_database_url: str, statement: str
+    ) -> None:
+        execute(empty_database_url, "create schema theirs")
+        execute(empty_database_url, statement)
+        settings = Settings(database_url=empty_database_url, schema_name="theirs")
+        before = sorted(column(empty_database_url, OBJECTS))
+        for change in (migrate.upgrade, lambda given: migrate.downgrade(given, "base")):
+            with pytest.raises(
+                ConfigurationError, match=r"not pgchannels' own: .*theirs\..*--schema"
+            ):
+                change(settings)
+        assert sorted(column(empty_database_url, OBJECTS)) == before
+        assert migrate.current(settings) is None
+
+    @pytest.mark.parametrize("revision", ["0001", "0004", "a1b2c3"])
+    def test_the_version_table_of_the_application_is_not_taken_for_ours(
+        self, empty_database_url: str, revision: str
+    ) -> None:
+        execute(empty_database_url, "create table public.alembic_version (version_num text)")
+        execute(empty_database_url, f"insert into public.alembic_version values ('{revision}')")
+        settings = Settings(database_url=empty_database_url, schema_name="public")
+        with pytest.raises(ConfigurationError, match=r"it holds table .*alembic_version"):
+            migrate.upgrade(settings)
+        assert migrate.current(settings) is None
+
+    def test_into_a_schema_that_somebody_has_made_for_it(self, empty_database_url: str) -> None:
+        execute(empty_database_url, "create schema pgchannels")
+        migrate.upgrade(empty_database_url)
+        assert publish_and_seal(empty_database_url) == 1
 
 
 class TestDowngrade:
@@ -131,6 +164,16 @@ class TestDowngrade:
 
 
 class TestAlembic:
+    def test_not_into_a_schema_that_holds_something_else(self, empty_database_url: str) -> None:
+        execute(empty_database_url, "create table public.messages_2025 (id int)")
+        with pytest.raises(AssertionError, match="schema 'public' is not pgchannels' own"):
+            alembic(
+                "upgrade",
+                "head",
+                PGCHANNELS_DATABASE_URL=empty_database_url,
+                PGCHANNELS_SCHEMA_NAME="public",
+            )
+
     def test_with_the_environment(self, empty_database_url: str) -> None:
         alembic("upgrade", "head", PGCHANNELS_DATABASE_URL=empty_database_url)
         assert migrate.current(empty_database_url) == NEEDED_REVISION
