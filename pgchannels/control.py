@@ -119,10 +119,18 @@ class CommandWatch:
     def __init__(self, obey: Callable[[Command], None], missed: Callable[[], None]) -> None:
         self._obey = obey
         self._missed = missed
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Call nothing any more, though it may still be offered what is being handed out."""
+        self._stopped = True
 
     def offer(self, message: Message) -> None:
+        if self._stopped:
+            return
         try:
-            command = Command.parse(message.data)
+            # It is the library's own, whatever the layer's serialiser makes of it.
+            command = Command.parse(message.document or {})
         except InvalidMessage as error:
             # Of a later version, or of somebody who may write to the outbox and should not.
             logger.warning("a command that is none: %s", error)
@@ -130,7 +138,8 @@ class CommandWatch:
         self._obey(command)
 
     def missed(self, floor: int) -> None:
-        self._missed()
+        if not self._stopped:
+            self._missed()
 
 
 def check_token_id(token_id: object) -> str:

@@ -17,6 +17,7 @@ from pgchannels.backoff import Backoff
 from pgchannels.errors import ChannelLayerClosed, DatabaseError
 from pgchannels.messages import Position
 from pgchannels.records import Head, LogPage
+from pgchannels.stream import offer_to
 from pgchannels.waiting import set_within
 
 if TYPE_CHECKING:
@@ -218,11 +219,17 @@ class Hub:
                 self._begin_anew(page.head)
                 return
             if page.head.floor > self.cursor:
-                for subscriber in {s for each in self._index.values() for s in each}:
-                    subscriber.missed(page.head.floor)
+                self._tell_missed(page.head.floor)
             everything = await self._hand_out(page, complete=channels is None)
             if not page.full and not everything:
                 return
+
+    def _tell_missed(self, floor: int) -> None:
+        for subscriber in {s for each in self._index.values() for s in each}:
+            try:
+                subscriber.missed(floor)
+            except Exception:  # there are others, and a node's reading must not end by one
+                logger.exception("a subscriber failed at being told of what it has missed")
 
     def _begin_anew(self, head: Head) -> None:
         reached = self.position
@@ -245,9 +252,7 @@ class Hub:
         subscribers = self._index.get(message.channel, _NOBODY)
         if not message.is_plain and (recipients := message.recipients) is not None:
             subscribers = {s: None for name in recipients for s in self._index.get(name, _NOBODY)}
-        for subscriber in subscribers:
-            subscriber.offer(message)
-        return len(subscribers)
+        return offer_to(subscribers, message)
 
     async def _hand_out(self, page: LogPage, *, complete: bool) -> bool:
         """Offer a page's messages. True if it had to stop because the page lacks a channel."""

@@ -695,11 +695,11 @@ class ChannelLayer(ABC):
         Under its name the channel can be neither read nor written.
 
         Args:
-            obey: is called with each command, in order. At once, and it must not raise.
-            missed: is called when commands may have been lost.
+            obey: is called with each command, in order. At once; what it raises is logged.
+            missed: is called when commands may have been lost. Likewise.
 
         Returns:
-            What ends it. Calling it again does nothing.
+            What ends it, also inside of *obey*. Calling it again does nothing.
 
         Raises:
             ChannelLayerClosed: the layer is not open.
@@ -707,7 +707,12 @@ class ChannelLayer(ABC):
         watch = CommandWatch(obey, missed)
         source = self._source
         source.register(COMMANDS, watch)
-        return lambda: source.unregister(COMMANDS, watch)
+
+        def stop() -> None:
+            watch.stop()
+            source.unregister(COMMANDS, watch)
+
+        return stop
 
     async def take(self, key: str, rate: Rate, cost: int = 1) -> Admission:
         """Take from what a rate admits to a key, on all nodes together, if there is room.

@@ -30,7 +30,6 @@ from pgchannels.errors import (
     DatabaseUnavailable,
     GroupFull,
     InvalidChannel,
-    InvalidPayload,
     InvalidUser,
     PGChannelsError,
     TooManyConnections,
@@ -240,10 +239,8 @@ class Members:
 
     def offer(self, message: Message) -> None:
         """Somebody says that memberships have changed. Anyone may; it is a reason to look."""
-        try:
-            names = message.data.get("channels")
-        except InvalidPayload:
-            return
+        # It is the library's own, whatever the layer's serialiser makes of it.
+        names = (message.document or {}).get("channels")
         if isinstance(names, list):
             known = [name for name in names if isinstance(name, str)]
             self._receivers.look(known)

@@ -37,7 +37,7 @@ from pgchannels.records import (
     Receipt,
 )
 from pgchannels.settings import Settings
-from pgchannels.stream import Source, Stream, Subscriber
+from pgchannels.stream import Source, Stream, Subscriber, offer_to
 
 __all__ = ["MemoryLayer", "MemoryLog"]
 
@@ -438,8 +438,7 @@ class _Node:
     def hand_out(self, message: Message) -> None:
         recipients = message.recipients
         for name in (message.channel,) if recipients is None else recipients:
-            for subscriber in list(self._index.get(name, ())):
-                subscriber.offer(message)
+            offer_to(self._index.get(name, ()), message)
         self.cursor = message.id
 
     def reader_free(self, name: str) -> None:

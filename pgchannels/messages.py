@@ -203,14 +203,15 @@ class Message(Mapping[str, Any]):
 
         Raises:
             InvalidPayload: if the text is valid for PostgreSQL but cannot be parsed here (nested
-                deeper than 1024 levels, a number such as 1e999); only SQL can have published it.
+                deeper than 1024 levels, a number such as 1e999), or if the layer's serialiser
+                raises anything; only SQL, or another serialiser, can have published it.
         """
         data = self._data
         if data is None:
             try:
                 data = self._serializer.loads(self.payload)
-            except (ValueError, RecursionError) as error:
-                raise InvalidPayload(f"message {self.id} cannot be parsed: {error}") from error
+            except Exception as error:  # a serialiser of the application's may raise whatever
+                raise InvalidPayload(f"message {self.id} cannot be parsed: {error!r}") from error
             if self._attachments:
                 attach(data, self.pointers, self._attachments)
             self._data = data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -28,18 +28,38 @@ if TYPE_CHECKING:
     from pgchannels.member import Member
     from pgchannels.settings import Settings
 
-__all__ = ["Source", "Stream", "Subscriber", "filtered"]
+__all__ = ["Source", "Stream", "Subscriber", "filtered", "offer_to"]
 
 logger = logging.getLogger("pgchannels.stream")
 
 
 class Subscriber(Protocol):
-    """Who can be registered. ``offer`` must return at once and never raise."""
+    """Who can be registered. ``offer`` must return at once; what it raises is logged, no more."""
 
     def offer(self, message: Message) -> None: ...
 
     def missed(self, floor: int) -> None:
         """Retention has removed messages, up to this id, before they could be offered."""
+
+
+def offer_to(subscribers: Iterable[Subscriber], message: Message) -> int:
+    """Offer a message to each, also if some raise or unregister themselves; to how many it was."""
+    # A copy, for an offer may end what is registered. All of them come from one iterator, so that
+    # after an error the loop goes on with the next, and needs nothing for each of a thousand.
+    each = tuple(subscribers)
+    remaining = iter(each)
+    while True:
+        try:
+            for subscriber in remaining:
+                subscriber.offer(message)
+        except Exception:  # a source has other subscribers, and other messages
+            logger.exception(
+                "a subscriber to %r failed at message %s; it goes on with the others",
+                message.channel,
+                message.position,
+            )
+        else:
+            return len(each)
 
 
 class Source(Protocol):

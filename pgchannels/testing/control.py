@@ -84,6 +84,42 @@ class CommandTests:
             assert await told(mine, 5) == commands
             assert await told(others, 5) == commands
 
+    async def test_who_fails_keeps_nothing_from_others(
+        self, make_layer: MakeLayer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        layer = await make_layer()
+
+        def fail(command: Command) -> None:
+            raise RuntimeError("a bug of the application's")
+
+        stop = layer.watch_commands(fail, lambda: None)
+        with listening(layer) as heard:
+            for user in ("u", "v"):
+                await layer.command(Command("close", user_id=user))
+            assert [command.user_id for command in await told(heard, 2)] == ["u", "v"]
+        await settle(layer)
+        stop()
+        failures = [record for record in caplog.records if record.exc_info]
+        assert len(failures) == 2
+        assert all("a bug of the application's" in str(each.exc_info) for each in failures)
+
+    async def test_who_obeys_may_end_watches(self, make_layer: MakeLayer) -> None:
+        layer = await make_layer()
+        calls: list[str] = []
+
+        def obey(command: Command) -> None:
+            calls.append("first")
+            stop_first()
+            stop_second()
+
+        stop_first = layer.watch_commands(obey, lambda: None)
+        stop_second = layer.watch_commands(lambda _: calls.append("second"), lambda: None)
+        with listening(layer) as heard:
+            for user in ("u", "v"):
+                await layer.command(Command("close", user_id=user))
+            await told(heard, 2)
+        assert calls == ["first"]
+
     async def test_live_only(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
         await layer.command(Command("close", user_id="before"))

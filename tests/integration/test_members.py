@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from psycopg.rows import scalar_row
 
-from pgchannels import Message, PostgresLayer, Settings, Stream
+from pgchannels import InvalidPayload, Message, PostgresLayer, Settings, Stream
 from tests.support.eventually import eventually
 from tests.support.pruning import only_by_hand, prune
 
@@ -190,6 +190,27 @@ async def test_metadata_is_as_it_was_given(database_url: str) -> None:
         await layer.group_add("room", name, presence="connection")
         (present,) = await layer.presence("room")
         assert present.metadata == {"colour": {"set": ["red"]}}
+
+
+async def test_what_nodes_tell_each_other_is_not_the_serializers(
+    database_url: str, connection: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does a message that it fails at keep others from anybody."""
+    async with (
+        PostgresLayer(database_url, serializer=Sets()) as layer,
+        layer.subscribe("room") as stream,
+    ):
+        for channel in ("pgchannels:members", "pgchannels:commands", "room"):
+            connection.execute(
+                "insert into pgchannels.outbox (channel, payload) values (%s, %s)",
+                (channel, '{"set": 5}'),
+            )
+        await layer.send("room", {"n": 1})
+        unreadable, message = await take(stream, 2)
+        assert message["n"] == 1
+        with pytest.raises(InvalidPayload):
+            unreadable["set"]
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 class TestExpiry:

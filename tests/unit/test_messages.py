@@ -305,6 +305,23 @@ class TestMessage:
 
         assert dict(message('{"a": "b"}', serializer=Loud())) == {"A": "B"}
 
+    @pytest.mark.parametrize(
+        "error", [TypeError("a"), KeyError("a"), ArithmeticError("a"), RuntimeError("a")]
+    )
+    def test_whatever_it_raises_is_told_as_one_error(self, error: Exception) -> None:
+        class Broken:
+            def dumps(self, payload: Any) -> str:
+                raise NotImplementedError
+
+            def loads(self, text: str) -> dict[str, Any]:
+                raise error
+
+        broken = message('{"a": "b"}', serializer=Broken())
+        with pytest.raises(InvalidPayload, match="message 7") as raised:
+            broken["a"]
+        assert raised.value.__cause__ is error
+        assert broken.document == {"a": "b"}
+
     def test_one_that_recurses_too_deep_is_told_of(self) -> None:
         class Standard:
             def dumps(self, payload: Any) -> str:
