@@ -265,7 +265,7 @@ begin
               from unnest(groups, names, adding, presences) c(group_name, channel, adding, presence)
               left join lateral (
                   select k.name, k.user_id, k.metadata from pgchannels.channels k where k.name = c.channel) k on true
-             where c.adding and (k.name is not null or c.channel !~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$')
+             where c.adding and (k.name is not null or c.channel !~ '[.][0-9a-f]{32}[.][0-9a-f]{16}$')
         ), joined as (
             insert into pgchannels.memberships as m (group_name, channel, since, presence, user_id, metadata)
             select a.group_name, a.channel, b.head, a.presence, a.user_id, a.metadata
@@ -353,7 +353,7 @@ begin
       left join pgchannels.channels k on k.name = c.name
      where k.is_received
         or (k.name is not null and k.node is distinct from announcer)
-        or (k.name is null and c.name !~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$')
+        or (k.name is null and c.name !~ '[.][0-9a-f]{32}[.][0-9a-f]{16}$')
     having count(*) > 0;
     get diagnostics inserted = row_count;
     return published + inserted;

@@ -345,7 +345,7 @@ begin
     end if;
 
     -- Into literal, column, literal, column, …, literal.
-    for token in select t[1] from regexp_matches(channel, '\{\{|\}\}|\{[^{}]+\}|[^{}]+|[{}]', 'g') t loop
+    for token in select t[1] from regexp_matches(channel, '[{]{2}|[}]{2}|[{][^{}]+[}]|[^{}]+|[{}]', 'g') t loop
         if token in ('{', '}') then
             raise exception 'invalid channel %: a single brace', quote_literal(left(channel, 80))
                 using errcode = 'invalid_parameter_value',

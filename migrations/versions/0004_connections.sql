@@ -197,7 +197,7 @@ begin
                -- a member already; or a connection that is gone, and gets no membership
                exists (select from pgchannels.memberships m
                         where m.group_name = q.group_name and m.channel = q.channel and m.left_at is null)
-               or (q.channel ~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$'
+               or (q.channel ~ '[.][0-9a-f]{32}[.][0-9a-f]{16}$'
                    and not exists (select from pgchannels.channels c where c.name = q.channel)) as needs_none,
                (select count(*) from (
                     select from pgchannels.memberships m

@@ -219,8 +219,8 @@ update pgchannels.log set floor = $1 where floor < $1;
 -- Oldest first, with their bounds (the upper one exclusive) and whether a detach was interrupted.
 -- pg_get_expr gives null for what another pruner drops at this moment.
 select c.relname as name, i.inhdetachpending as detaching,
-       substring(b.bound from 'FROM \(''?(\d+)''?\)')::bigint as first_id,
-       substring(b.bound from 'TO \(''?(\d+)''?\)')::bigint as end_id
+       substring(b.bound from 'FROM [(]''?([0-9]+)''?[)]')::bigint as first_id,
+       substring(b.bound from 'TO [(]''?([0-9]+)''?[)]')::bigint as end_id
   from pg_inherits i join pg_class c on c.oid = i.inhrelid
  cross join pg_get_expr(c.relpartbound, c.oid) b(bound)
  where i.inhparent = 'pgchannels.messages'::regclass and b.bound is not null
@@ -390,7 +390,7 @@ with asked as (
     select b.head, b.epoch, b.floor, b.partitioned_to, least(b.head, $5::bigint - 1) as upto from pgchannels.bounds b
 ), mine as materialized (
     select c.name, c.cursor, c.returned, c.is_received, c.last_active_at, a.wanted,
-           c.name ~ '\.[0-9a-f]{32}\.[0-9a-f]{16}$' as is_connection
+           c.name ~ '[.][0-9a-f]{32}[.][0-9a-f]{16}$' as is_connection
       from pgchannels.channels c join asked a on a.name = c.name
      where exists (select from claimant k where k.token < $4::bigint)
      order by c.name

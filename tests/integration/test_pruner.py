@@ -115,6 +115,30 @@ class TestRetention:
         assert ids(connection) == list(range(31, 46))
         assert partitions(connection)[0] == 31
 
+    async def test_where_backslashes_in_literals_are_escapes(
+        self, database_url: str, connection: Connection, settings: Settings
+    ) -> None:
+        name = value(connection, "select quote_ident(current_database())")
+        connection.execute(f"alter database {name} set standard_conforming_strings = off".encode())
+        fill(connection, 25)
+        age(connection, through=20)
+        async with PostgresLayer(settings) as layer:
+            channel = await layer.new_channel()
+            await layer.group_add("room", channel)
+            # One that is a connection's, and gone.
+            await layer.group_add("room", f"gone.{'0' * 32}.{'0' * 16}")
+            assert await layer.group_members("room") == [channel]
+        session = Session(settings, "test")
+        report = await Pruner(settings, session).run_once()
+        await session.close()
+        assert report.partitions_dropped == ["messages_1", "messages_11"]
+        with psycopg.connect(database_url, autocommit=True, row_factory=scalar_row) as watching:
+            assert value(watching, "show standard_conforming_strings") == "off"
+            watching.execute("create table orders (id int primary key, customer text)")
+            watching.execute("select pgchannels.watch('orders', '{{orders}}:{customer}')")
+            watching.execute("insert into orders values (1, 'c')")
+            assert value(watching, "select channel from pgchannels.outbox") == "{orders}:c"
+
     async def test_nothing_is_old(self, connection: Connection, subject: Pruner) -> None:
         fill(connection, 45)
         report = await subject.run_once()

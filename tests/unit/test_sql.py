@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from pgchannels.bundled import bundled
 from pgchannels.sql import in_schema, load_queries, statements
 
 
@@ -62,6 +63,20 @@ def test_in_schema(sql: str, expected: str) -> None:
 def test_a_schema_is_quoted() -> None:
     assert in_schema("pgchannels.a", 'o"; drop') == '"o""; drop".a'
     assert in_schema("pgchannels.a", r"o\1\g<0>") == '"o\\1\\g<0>".a'
+
+
+# Comments first, in which an apostrophe is no quote.
+_LITERAL = re.compile(r"""--[^\n]*|(\b[eE])?('(?:[^'\\]|\\.|'')*')""")
+
+
+def test_no_literal_depends_on_how_backslashes_are_read() -> None:
+    """It would not be the same with ``standard_conforming_strings = off``."""
+    scripts = [*load_queries("pgchannels").values()]
+    scripts += [path.read_text() for path in (bundled("migrations") / "versions").glob("*.sql")]
+    assert len(scripts) > 8
+    for script in scripts:
+        found = [match for match in _LITERAL.finditer(script) if match[2] is not None]
+        assert [match[2] for match in found if match[1] is None and "\\" in match[2]] == []
 
 
 def test_queries() -> None:
