@@ -24,6 +24,9 @@ __all__ = [
 ]
 
 MAX_CHANNEL_LENGTH = 200
+# An entry of a btree has 2704 bytes; the one of who is present holds a group's name, too: 191
+# characters, for it has a channel that tells of that, of up to four bytes.
+_MAX_USER_BYTES = 1900
 
 RESERVED = "pgchannels:"
 
@@ -93,7 +96,7 @@ def is_connection(channel: str) -> bool:
 
 
 def check_user(user_id: object) -> str:
-    """Return *user_id* if it can be one: a text of 1 to 1000 characters.
+    """Return *user_id* if it can be one: 1 to 1000 characters, at most 1900 bytes as UTF-8.
 
     Raises:
         InvalidUser: if not.
@@ -102,8 +105,14 @@ def check_user(user_id: object) -> str:
         raise InvalidUser(f"a user's id must be a str, not {type(user_id).__name__}")
     if not 1 <= len(user_id) <= 1000:
         raise InvalidUser(f"a user's id has 1 to 1000 characters, not {len(user_id)}")
-    if "\0" in user_id or any("\ud800" <= character <= "\udfff" for character in user_id):
-        raise InvalidUser("a user's id must not hold NUL or lone surrogates")
+    try:
+        size = len(user_id.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidUser("a user's id must not hold lone surrogates") from error
+    if size > _MAX_USER_BYTES:
+        raise InvalidUser(f"a user's id has at most {_MAX_USER_BYTES} bytes as UTF-8, not {size}")
+    if "\0" in user_id:
+        raise InvalidUser("a user's id must not hold NUL")
     return user_id
 
 

@@ -479,7 +479,8 @@ class ChannelLayer(ABC):
 
         Args:
             prefix: the beginning of the name, up to 150 characters.
-            user_id: whose it is, any text: for :meth:`send_to_user` and presence.
+            user_id: whose it is, for :meth:`send_to_user` and presence: any text of 1 to 1000
+                characters and at most 1900 bytes as UTF-8, without NUL.
             metadata: a JSON object of up to 8 KiB that presence shows: a name, a colour.
             limits: then the channel is a connection: it counts for others' limits, and is listed
                 by :meth:`connections`. It is made only if by then, on all nodes, there are fewer

@@ -37,7 +37,7 @@ class GroupTests:
     async def test_bad_users_and_metadata(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
         channel = await layer.new_channel()
-        for user in ("", 5, "a\0", "\ud800", "x" * 1001):
+        for user in ("", 5, "a\0", "\ud800", "x" * 1001, "\U0001f600" * 476):
             with pytest.raises(InvalidUser):
                 await layer.new_channel(user_id=user)  # type: ignore[arg-type]
             with pytest.raises(InvalidUser):

@@ -196,7 +196,7 @@ class RevocationTests:
         await asyncio.sleep(0.1)
         assert await layer.is_revoked(user_id="v")
 
-    @pytest.mark.parametrize("text", ["t" * 1000, "\U0001f600" * 1000, "sha256:" + "0" * 64])
+    @pytest.mark.parametrize("text", ["t" * 1000, "\U0001f600" * 475, "sha256:" + "0" * 64])
     async def test_any_text(self, make_layer: MakeLayer, text: str) -> None:
         layer = await make_layer()
         await layer.revoke(user_id=text, token_id=text)

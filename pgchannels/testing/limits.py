@@ -163,7 +163,7 @@ class LimitTests:
         assert await other.connections(user_id="nobody") == []
         assert await layer.count_connections() == 10
 
-    @pytest.mark.parametrize("user", ["u" * 1000, "\U0001f600" * 1000, "sha256:" + "0" * 64, "é'"])
+    @pytest.mark.parametrize("user", ["u" * 1000, "\U0001f600" * 475, "sha256:" + "0" * 64, "é'"])
     async def test_any_users_id(self, make_layer: MakeLayer, user: str) -> None:
         layer = await make_layer()
         await connect(layer, user, per_user=1)

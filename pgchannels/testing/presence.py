@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -228,6 +229,25 @@ class PresenceTests:
             with pytest.raises(InvalidUser):
                 await layer.group_add("room", channel, presence="user")
         assert await layer.group_members("room") == []
+
+    async def test_the_longest_names(self, make_layer: MakeLayer) -> None:
+        """Letters at random, which no index can make shorter."""
+        layer = await make_layer()
+        letters = random.Random(1)
+
+        def text(length: int, first: int, last: int) -> str:
+            return "".join(chr(letters.randint(first, last)) for _ in range(length))
+
+        for size, first, last in (
+            (1000, 0x61, 0x7A),
+            (633, 0x4E00, 0x9FFF),
+            (475, 0x20000, 0x2A6DF),
+        ):
+            user, group = text(size, first, last), text(191, 0x20000, 0x2A6DF)
+            channel = await layer.new_channel("漢" * 150, user_id=user)
+            await layer.group_add(group, channel, presence="connection")
+            await layer.group_add(group, channel, presence="user")
+            assert await users(layer, group) == {user: 1}
 
     async def test_names_that_are_too_long(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()

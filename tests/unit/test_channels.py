@@ -165,7 +165,9 @@ class TestUserChannels:
     def test_as_they_are_for_as_long_as_they_fit(self) -> None:
         assert user_channel("x" * 184) == RESERVED + "user:" + "x" * 184
 
-    @pytest.mark.parametrize("user", ["", None, 5, b"u", ["u"], "a\0", "\ud800", "x" * 1001])
+    @pytest.mark.parametrize(
+        "user", ["", None, 5, b"u", ["u"], "a\0", "\ud800", "x" * 1001, "漢" * 634]
+    )
     def test_no_user(self, user: Any) -> None:
         with pytest.raises(InvalidUser, match="user"):
             user_channel(user)

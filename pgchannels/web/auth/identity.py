@@ -22,7 +22,8 @@ class Identity:
     Its ``repr()`` says nothing of whom: claims are personal data, and logs live long.
 
     Args:
-        user_id: 1 to 1000 characters; the user that the connection will belong to.
+        user_id: 1 to 1000 characters, at most 1900 bytes as UTF-8; the user that the connection
+            will belong to.
         claims: all that the token says.
         token_id: the token's own id (``jti``), to revoke it by; 1 to 1000 characters.
         issued_at: when the token was made, with a time zone.
