@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -904,6 +906,37 @@ class TestTakeover:
                     return None
 
             assert ns(await eventually(begun_anew)) == [1]
+
+    async def test_a_new_epoch_after_a_restore(self, settings: Settings, connection: Any) -> None:
+        """By the documented SQL, durable readers go on from where the backup has them."""
+        page = Path(__file__).parents[2] / "docs" / "how-it-works.md"
+        (new_epoch,) = (
+            block
+            for block in re.findall(r"```sql\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+            if "epoch" in block
+        )
+        async with PostgresLayer(settings) as layer:
+            await fill(layer, "a", 1)
+            for name in ("f", "beyond"):
+                async with layer.follow("a", name=name, after="0") as follower:
+                    await (await following(follower)).ack()
+            await fill(layer, "a", 2)
+            await fill(layer, "b", 1)  # and so the other one is in the log, too
+        await connection.execute(
+            "update pgchannels.followers set position = position + 99 where name = 'beyond'"
+        )
+        await connection.execute(new_epoch)
+        async with PostgresLayer(settings) as layer:
+            await layer.send("a", {"n": 3})
+            for name, expected in (("f", [2, 3]), ("beyond", [3])):
+                read: list[int] = []
+                async with layer.follow("a", name=name) as follower:
+                    while len(read) < len(expected):
+                        batch = await following(follower)
+                        await batch.ack()
+                        read += ns(batch)
+                assert read == expected
+            assert {each.position.epoch for each in await layer.followers()} == {2}
 
 
 @asynccontextmanager
