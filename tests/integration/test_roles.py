@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -423,6 +425,29 @@ def test_who_has_no_access_has_none(database_url: str, role: str) -> None:
         assert may_call(connection, role) == set()
     with psycopg.connect(as_role(database_url, role)) as connection:
         refused(connection, "select pgchannels.publish('a', '{}')")
+
+
+def test_who_may_watch_a_table(database_url: str, role: str, publisher: str) -> None:
+    """With the grants of the documentation: an owner all, with the right TRIGGER a first watch."""
+    page = Path(__file__).parents[2] / "docs" / "publishing.md"
+    (grants,) = re.findall(r"```sql\n(\s*grant.*?)```", page.read_text("utf-8"), re.DOTALL)
+    for statement in (
+        "create table theirs (id integer primary key); create table own (id integer primary key)",
+        f"grant trigger on theirs to {role}",
+        f"grant create on schema public to {role}",
+        f"alter table own owner to {role}",
+    ):
+        execute(database_url, statement)
+    with psycopg.connect(publisher, autocommit=True) as connection:
+        refused(connection, "select pgchannels.watch('own', 'a')")
+        execute(database_url, grants.replace("to shop;", f"to {role};"))
+        for _ in range(2):
+            connection.execute("select pgchannels.watch('own', 'a')")
+        connection.execute("insert into own values (1)")
+        connection.execute("select pgchannels.unwatch('own')")
+        connection.execute("select pgchannels.watch('theirs', 'a')")
+        refused(connection, "select pgchannels.watch('theirs', 'a')")
+        refused(connection, "select pgchannels.unwatch('theirs')")
 
 
 def test_functions_have_a_search_path_of_their_own(database_url: str) -> None:
