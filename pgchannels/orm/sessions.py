@@ -113,6 +113,7 @@ def publish(
     An ordinary call, also on an ``AsyncSession``, and inside of mapper and flush events. Nothing is
     sent to the database before the next flush, which writes the session's objects first. Messages
     are in the order of the calls, and ahead of those of the models that the same flush writes.
+    Until then they are pending objects of the session, and ``session.expunge_all()`` drops them.
 
     Of two transactions that change the same row, readers get the messages of the one that had to
     wait second, if these were published with the flush that writes the row, or later. So call it
