@@ -7,6 +7,7 @@ things with the same words; a layer implements what is abstract.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import datetime, timedelta
@@ -302,6 +303,7 @@ class ChannelLayer(ABC):
 
         Raises:
             TimeoutError: nothing came in time.
+            ValueError: *timeout* is not a number (NaN).
             InvalidChannel: for a bad name, or when this layer deletes the channel.
             ChannelLayerClosed: before, or while waiting.
             DatabaseUnavailable: never; it waits until the database is back.
@@ -890,6 +892,17 @@ def encode_metadata(metadata: Mapping[str, Any] | None) -> str | None:
     if encoded.attachments:
         raise InvalidMessage("metadata cannot hold bytes")
     return encoded.text
+
+
+def check_timeout(timeout: float | None) -> float | None:
+    """Return *timeout* if it is one.
+
+    Raises:
+        ValueError: it is NaN, which no time would ever be later than.
+    """
+    if timeout is not None and math.isnan(timeout):
+        raise ValueError("timeout must be a number of seconds or None, not NaN")
+    return timeout
 
 
 def _revocable(user_id: str | None, token_id: str | None) -> dict[str, str]:

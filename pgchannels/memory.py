@@ -17,7 +17,13 @@ from uuid import uuid4
 from pgchannels.channels import check_channel, new_name
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError, InvalidChannel
 from pgchannels.follower import Follower
-from pgchannels.layer import ChannelLayer, check_limits, check_owner, encode_metadata
+from pgchannels.layer import (
+    ChannelLayer,
+    check_limits,
+    check_owner,
+    check_timeout,
+    encode_metadata,
+)
 from pgchannels.limits import Limits
 from pgchannels.member import Member
 from pgchannels.memory_follower import MemoryFollower, statuses
@@ -88,7 +94,7 @@ class MemoryLayer(ChannelLayer):
             node.kill()
 
     async def receive(self, channel: str, *, timeout: float | None = None) -> Message:
-        name = check_channel(channel)
+        name, timeout = check_channel(channel), check_timeout(timeout)
         node = self._opened
         # Nothing else here may wait, and a loop that polls must let others have their turn.
         await asyncio.sleep(0)

@@ -14,7 +14,13 @@ from pgchannels.channels import check_channel
 from pgchannels.control import COMMAND_LIFETIME
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError
 from pgchannels.follower import Follower
-from pgchannels.layer import ChannelLayer, check_limits, check_owner, encode_metadata
+from pgchannels.layer import (
+    ChannelLayer,
+    check_limits,
+    check_owner,
+    check_timeout,
+    encode_metadata,
+)
 from pgchannels.limits import Limits
 from pgchannels.messages import Message, Position
 from pgchannels.node import Node
@@ -112,7 +118,8 @@ class PostgresLayer(ChannelLayer):
         return self._node is not None and self._node.listener.healthy
 
     async def receive(self, channel: str, *, timeout: float | None = None) -> Message:
-        return await self._opened.receivers.receive(check_channel(channel), timeout)
+        name, timeout = check_channel(channel), check_timeout(timeout)
+        return await self._opened.receivers.receive(name, timeout)
 
     def subscribe(
         self,

@@ -93,6 +93,12 @@ class ReceivingTests:
             with pytest.raises(TimeoutError):
                 await layer.receive("jobs", timeout=timeout)
 
+    async def test_a_timeout_that_is_no_number(self, make_layer: MakeLayer) -> None:
+        layer = await make_layer()
+        with pytest.raises(ValueError, match="NaN"):
+            async with asyncio.timeout(1):
+                await layer.receive("jobs", timeout=float("nan"))
+
     async def test_a_timeout(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
         with pytest.raises(TimeoutError):
