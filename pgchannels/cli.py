@@ -19,6 +19,7 @@ from pgchannels.errors import (
     SchemaError,
     UnknownPosition,
 )
+from pgchannels.lines import discard_output
 
 __all__ = ["main"]
 
@@ -41,6 +42,11 @@ def main() -> None:
         _fail(error, 2)
     except PGChannelsError as error:
         _fail(error, 1)
+    except OSError as error:
+        # Of the output, as a rule: no space left on the device. What the interpreter could flush
+        # at its end would fail again.
+        discard_output()
+        _fail(error.strerror or error, 1)
 
 
 def _fail(reason: object, code: int) -> NoReturn:

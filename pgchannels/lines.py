@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import select
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +18,15 @@ from pgchannels.errors import InvalidPayload, PGChannelsError
 if TYPE_CHECKING:
     from pgchannels.messages import Message
 
-__all__ = ["KeptText", "Line", "batches", "envelope_line", "message_line", "parse_payload"]
+__all__ = [
+    "KeptText",
+    "Line",
+    "batches",
+    "discard_output",
+    "envelope_line",
+    "message_line",
+    "parse_payload",
+]
 
 # Of one batch: lines, and about so many bytes.
 _MAX_LINES = 1000
@@ -108,6 +118,12 @@ def batches(descriptor: int, *, max_line: int) -> Iterator[list[Line]]:
             raise PGChannelsError(f"line {number + 1} has more than {max_line} bytes")
     if lines:
         yield lines
+
+
+def discard_output() -> None:
+    """Let standard output lead nowhere: what is still to be flushed cannot be written."""
+    with suppress(OSError):  # it may be no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_ready(descriptor: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from pgchannels.lines import (
     KeptText,
     Line,
     batches,
+    discard_output,
     envelope_line,
     message_line,
     parse_payload,
@@ -117,7 +117,7 @@ def _ended_by_signals() -> Iterator[None]:
         raise typer.Exit(_TERMINATED) from None
     except BrokenPipeError:
         # Nor would anybody read what the interpreter flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
 
 
 def _headers(given: Sequence[str]) -> dict[str, str]:

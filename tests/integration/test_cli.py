@@ -648,6 +648,27 @@ def test_a_reader_that_closes_the_pipe_ends_it_silently(
         assert (process.wait(30), process.stderr.read()) == (0, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.parametrize(
+    "arguments", [("tail", "a", "--after", "0"), ("tail", "a"), ("migrate", "--sql")], ids=str
+)
+def test_an_output_that_takes_no_more_is_told(
+    database_url: str, connection: psycopg.Connection, arguments: tuple[str, ...]
+) -> None:
+    connection.execute("select pgchannels.publish('a', '{}')")
+    connection.execute("select pgchannels.seal()")
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(
+            [sys.executable, *COMMAND, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=env(database_url),
+            check=False,
+        )
+    assert result.stderr == b"pgchannels: No space left on device\n"
+    assert result.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
