@@ -6,7 +6,7 @@ classes that are mapped later need nothing more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -54,8 +54,8 @@ class Plan:
     """Those whose former values must be known."""
     places: frozenset[str]
     """Those that have a place in a channel's name."""
-    filled: frozenset[str]
-    """Those that an update fills in by itself."""
+    filled: Mapping[str, frozenset[str]]
+    """Those that an update fills in by itself, each with those whose update does so."""
     initial: Mapping[str, Any]
     """Values that an insert gives to those that were not set, where they are always the same."""
 
@@ -104,13 +104,13 @@ def _make_plan(mapper: Mapper[Any]) -> Plan:
         key=key,
         former=places.union(*(planned.changed or () for planned in rules)),
         places=places,
-        filled=frozenset(
-            name
+        filled={
+            name: _updated_with(mapper, column, columns)
             for name, column in columns.items()
             if column.onupdate is not None
             or column.server_onupdate is not None
-            or column is mapper.version_id_col
-        ),
+            or _is_counted(mapper, column)
+        },
         initial={
             name: _initial(column)
             for name, column in columns.items()
@@ -119,6 +119,28 @@ def _make_plan(mapper: Mapper[Any]) -> Plan:
             and column is not mapper.version_id_col
             and column is not mapper.polymorphic_on
         },
+    )
+
+
+def _is_counted(mapper: Mapper[Any], column: Column[Any]) -> bool:
+    """Whether it is a version that changes by itself, not one that the application sets."""
+    return column is mapper.version_id_col and (
+        mapper.version_id_generator is not False or column.server_default is not None
+    )
+
+
+def _updated_with(mapper: Mapper[Any], column: Column[Any], names: Iterable[str]) -> frozenset[str]:
+    """Those of *names* whose change updates the table of *column*.
+
+    Inheritance may have several tables. The one with the version is updated with any of them.
+    """
+    version = mapper.version_id_col
+    if version is not None and version.table is column.table:
+        return frozenset(names)
+    return frozenset(
+        name
+        for name in names
+        if any(each.table is column.table for each in mapper.column_attrs[name].columns)
     )
 
 

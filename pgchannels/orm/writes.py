@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 from sqlalchemy import Connection, select
 from sqlalchemy.orm import InstanceState, PassiveFlag
 from sqlalchemy.orm.attributes import get_history
+from sqlalchemy.orm.exc import ObjectDeletedError
 
 from pgchannels.orm.change import Change, Operation
 from pgchannels.orm.plans import Plan
 
 __all__ = ["Write"]
+
+_UNKNOWN = object()
 
 
 @dataclass(eq=False)
@@ -31,20 +35,24 @@ class Write:
     written: set[str] = field(default_factory=set)
     """What an update writes, whether or not it has been set."""
     read: dict[str, Any] = field(default_factory=dict)
-    """What was set without being loaded, as it is in the row."""
+    """What was set, or will be filled in, without being loaded, as it is in the row."""
     filled: dict[str, Any] = field(default_factory=dict)
-    """Values, before it, of what an update fills in by itself."""
+    """Values, before it, of what an update fills in by itself; some may be unknown."""
 
     def before(self) -> None:
         """The row is about to be written: note what will be lost, and read what must be known."""
         changed, former = self._history()
-        self.read = self._read((self.plan.former & changed) - former.keys())
-        self.changed, self.former = self._history()
         values = self.state.dict
+        filled = self.plan.filled.keys() - self.state.committed_state.keys() - self.written
+        unread = (self.plan.former & changed) - former.keys()
+        if changed and self.operation == "update":
+            self._load(filled)
+            unread |= (self.plan.former & filled) - values.keys()
+        self.read = self._read(unread)
+        self.changed, self.former = self._history()
         self.filled = {
-            name: values[name]
-            for name in self.plan.filled
-            if name in values and name not in self.state.committed_state
+            name: values[name] if name in values else self.read.get(name, _UNKNOWN)
+            for name in filled
         }
 
     def after(self) -> Change[Any] | None:
@@ -102,11 +110,30 @@ class Write:
         self.changed, self.former = self._history()
         self.changed |= lost
         self.former |= former
-        if self.changed:
-            for name, value in self.filled.items():
-                if name not in values or not self._equals(name, value):
-                    self.changed.add(name)
-                    self.former[name] = value
+        # What was set to what it is in the row is written, too, if that was not known.
+        updated = self.changed.union(self.read.keys() - self.filled.keys())
+        for name, value in self.filled.items():
+            if updated.isdisjoint(self.plan.filled[name]):
+                continue
+            if value is _UNKNOWN:
+                self.changed.add(name)
+            elif name not in values or not self._equals(name, value):
+                self.changed.add(name)
+                self.former[name] = value
+
+    def _load(self, names: Collection[str]) -> None:
+        """Load *names*, if the object has expired.
+
+        The unit of work would do so next, before the update, for it needs the row's key: it is the
+        same query, only earlier.
+        """
+        expired = self.state.expired_attributes
+        if self.state.session is None or expired.isdisjoint(names):
+            return
+        for name in expired.intersection(self.plan.key):
+            with suppress(ObjectDeletedError):  # SQLAlchemy will say so
+                getattr(self.object, name)  # brings all that have expired
+            return
 
     def _history(self) -> tuple[set[str], dict[str, Any]]:
         """What has been set to something else, and what is known of before."""

@@ -470,6 +470,158 @@ class TestUpdates:
         assert first["new"] == {"name": "b", "version": 2, "edited": "yes"}
         assert second == {"was": 1}
 
+    @pytest.mark.parametrize("state", ["loaded", "expired", "deferred"])
+    def test_what_an_update_fills_in_of_whatever_object(
+        self, engine: sa.Engine, make: sessionmaker[Session], log: Log, base: Any, state: str
+    ) -> None:
+        """The same messages, whether or not the former values had been loaded."""
+
+        def was(change: Change[Any]) -> dict[str, Any]:
+            return {"was": [change.old("version"), change.old("count")]}
+
+        @publishes("versions", on="update", changed="version", payload=was)
+        @publishes("counts", on="update", changed="count", payload=was)
+        @publishes("edits", on="update", changed="edited")
+        @publishes("same", on="update", changed="same")
+        class Thing(base):  # type: ignore[misc]
+            __tablename__ = "things"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            name: Mapped[str]
+            version: Mapped[int] = mapped_column()
+            count: Mapped[int] = mapped_column(default=0, onupdate=lambda: 7)
+            same: Mapped[str] = mapped_column(default="same", onupdate="same")
+            edited: Mapped[datetime | None] = mapped_column(onupdate=sa.func.now())
+            __mapper_args__ = {"version_id_col": version}  # noqa: RUF012
+
+        base.metadata.create_all(engine)
+        with make() as session:
+            thing = Thing(name="a")
+            session.add(thing)
+            session.commit()
+            if state == "loaded":
+                session.refresh(thing)
+            elif state == "deferred":
+                session.expunge_all()
+                thing = session.scalars(sa.select(Thing).options(orm.load_only(Thing.name))).one()
+            thing.name = "b"
+            session.commit()
+        assert log.messages() == [
+            ("versions", {"was": [1, 0]}),
+            ("counts", {"was": [1, 0]}),
+            (
+                "edits",
+                {
+                    "type": "things.updated",
+                    "key": {"id": 1},
+                    "new": {"name": "b", "version": 2, "count": 7},
+                },
+            ),
+        ]
+
+    @pytest.mark.parametrize("state", ["loaded", "expired"])
+    def test_what_an_update_fills_in_costs_no_query(
+        self, engine: sa.Engine, make: sessionmaker[Session], log: Log, base: Any, state: str
+    ) -> None:
+        class Thing(base):  # type: ignore[misc]
+            __tablename__ = "things"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            name: Mapped[str]
+            count: Mapped[int] = mapped_column(default=0, onupdate=lambda: 7)
+            edited: Mapped[datetime | None] = mapped_column(onupdate=sa.func.now())
+
+        base.metadata.create_all(engine)
+        statements: list[str] = []
+        event.listen(
+            engine, "before_cursor_execute", lambda *args: statements.append(args[2].split()[0])
+        )
+
+        def write(session: Session, id: int) -> list[str]:
+            things = [Thing(id=id, name="a"), Thing(id=id + 1, name="a")]
+            session.add_all(things)
+            session.commit()
+            for thing in things:
+                if state == "loaded":
+                    session.refresh(thing)
+                thing.name = "b"
+            statements.clear()
+            session.commit()
+            return statements.copy()
+
+        with Session(engine) as session:
+            plain = write(session, 1)
+        publishes("things", on="update")(Thing)
+        publishes("edits", on="update", changed=["edited", "count"])(Thing)
+        with make() as session:
+            publishing = write(session, 3)
+        assert sorted(publishing) == sorted([*plain, "INSERT"])
+        assert [payload["new"] for payload in log.payloads()] == [{"name": "b", "count": 7}] * 4
+
+    def test_a_deferred_value_that_no_rule_names(
+        self, engine: sa.Engine, make: sessionmaker[Session], log: Log, base: Any
+    ) -> None:
+        """It is told of where its table has been updated, and not read before."""
+
+        class Thing(base):  # type: ignore[misc]
+            __tablename__ = "things"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            kind: Mapped[str]
+            name: Mapped[str]
+            count: Mapped[int] = mapped_column(default=0, onupdate=lambda: 7)
+            __mapper_args__ = {"polymorphic_on": "kind"}  # noqa: RUF012
+
+        @publishes("tools", on="update")
+        class Tool(Thing):
+            __tablename__ = "tools"
+            id: Mapped[int] = mapped_column(sa.ForeignKey(Thing.id), primary_key=True)
+            size: Mapped[int]
+            uses: Mapped[int] = mapped_column(default=0, onupdate=lambda: 8)
+            __mapper_args__ = {"polymorphic_identity": "tool"}  # noqa: RUF012
+
+        base.metadata.create_all(engine)
+        with make() as session:
+            session.add(Tool(id=1, name="a", size=1))
+            session.commit()
+            for changes in ({"name": "b"}, {"size": 2}, {"name": "c", "size": 3}, {"size": 3}):
+                session.expunge_all()
+                some = orm.load_only(Tool.name, Tool.size)
+                tool = session.scalars(sa.select(Tool).options(some)).one()
+                for name, value in changes.items():
+                    setattr(tool, name, value)
+                session.commit()
+        assert [payload["new"] for payload in log.payloads()] == [
+            {"name": "b", "count": 7},
+            {"size": 2, "uses": 8},
+            {"name": "c", "count": 7, "size": 3, "uses": 8},
+        ]
+
+    def test_an_update_that_only_fills_in(
+        self, engine: sa.Engine, make: sessionmaker[Session], log: Log, base: Any
+    ) -> None:
+        """Set to what it is, without being loaded, it is written, and the version changes."""
+
+        @publishes("names", on="update", changed=["name"])
+        @publishes("versions", on="update", changed="version")
+        class Thing(base):  # type: ignore[misc]
+            __tablename__ = "things"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            name: Mapped[str]
+            version: Mapped[int] = mapped_column()
+            __mapper_args__ = {"version_id_col": version}  # noqa: RUF012
+
+        base.metadata.create_all(engine)
+        with make() as session:
+            thing = Thing(name="a")
+            session.add(thing)
+            session.commit()
+            thing.name = "a"
+            session.commit()
+            assert thing.version == 2
+            thing.name = "a"  # it is loaded by now, and there is nothing to do
+            session.commit()
+        assert log.messages() == [
+            ("versions", {"type": "things.updated", "key": {"id": 1}, "new": {"version": 2}})
+        ]
+
     def test_composites_and_synonyms(
         self, engine: sa.Engine, make: sessionmaker[Session], log: Log, base: Any
     ) -> None:
