@@ -1,5 +1,10 @@
 -- Who is connected goes on being so, and counts for nobody's limit any more.
 
+-- First of all: the sequencer takes its locks in this order, too.
+update pgchannels.log set partitioned_to = attached_to;
+alter table pgchannels.log drop column attached_to;
+comment on column pgchannels.log.partitioned_to is 'the first id that no partition takes';
+
 drop function pgchannels.take(text[], bigint[], bigint[], double precision[], double precision[]);
 drop function pgchannels.join_groups(text[], text[], text[], integer[], interval, uuid);
 drop function pgchannels.admit(uuid, text[], text[], text[], integer[], integer[], integer[]);
@@ -11,3 +16,6 @@ alter table pgchannels.nodes drop column connections;
 drop index pgchannels.channels_user;
 drop index pgchannels.channels_connections;
 alter table pgchannels.channels drop column is_connection;
+-- restore pgchannels.seal
+-- restore pgchannels.add_partitions
+alter function pgchannels.add_partitions(bigint) security definer;

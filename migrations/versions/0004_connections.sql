@@ -1,7 +1,22 @@
--- Limits of connections and groups, revocations, commands to all nodes, shared rates.
+-- Limits of connections and groups, revocations, commands to all nodes, shared rates; partitions that
+-- everybody has heard of.
 --
 -- Written for the schema "pgchannels"; whoever runs it puts in the configured name. Code of revision
 -- 0003 goes on working: its channels are no connections, and count for nobody's limit.
+
+-- A partition takes messages, and readers are told of it, only when the transaction that made it is
+-- wholly over. Others hear that a table has changed (its relcache entry, and with it their plans, are
+-- void) a moment after they can see what was committed with it: in that moment a statement may be
+-- planned without the partition, by somebody who knows of it. The sequencer's lock is released after
+-- that moment.
+--
+-- First of all: the sequencer takes its locks in this order, too.
+alter table pgchannels.log add column attached_to bigint;
+update pgchannels.log set attached_to = partitioned_to;
+alter table pgchannels.log alter column attached_to set not null;
+
+comment on column pgchannels.log.partitioned_to is 'the first id that no partition takes, of those that everybody has heard of';
+comment on column pgchannels.log.attached_to is 'the first id that no partition takes';
 
 alter table pgchannels.channels add column is_connection boolean not null default false;
 
@@ -332,6 +347,143 @@ begin
              where t.key = r.key;
         end loop;
     end loop;
+end
+$$;
+
+-- At most once in a transaction.
+create or replace function pgchannels.add_partitions(through bigint) returns integer
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    made integer := 0;
+    state pgchannels.log;
+    partition text;
+begin
+    if not exists (select from pgchannels.log l where l.partitioned_to < l.attached_to or l.attached_to <= through) then
+        return 0;
+    end if;
+    -- The sequencer's.
+    perform pg_advisory_xact_lock(1885823848, hashtext('pgchannels.'));
+    select * into strict state from pgchannels.log for update;
+    if state.partitioned_to < state.attached_to then
+        update pgchannels.log set partitioned_to = attached_to;
+    end if;
+    while state.attached_to <= through loop
+        partition := 'messages_' || state.attached_to;
+        execute format('create table pgchannels.%I (like pgchannels.messages including all)', partition);
+        execute format('alter table pgchannels.messages attach partition pgchannels.%I for values from (%s) to (%s)',
+                       partition, state.attached_to, state.attached_to + state.partition_size);
+        state.attached_to := state.attached_to + state.partition_size;
+        made := made + 1;
+    end loop;
+    if made > 0 then
+        update pgchannels.log set attached_to = state.attached_to;
+    end if;
+    return made;
+end
+$$;
+
+create or replace function pgchannels.seal(max_messages integer default 10000, out sealed integer, out head bigint)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+-- The outbox may hold any number of dead rows while an old transaction keeps vacuum from them. The
+-- index leads past them; no other plan may be taken, however small the table once looked.
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+declare
+    previous_id bigint;
+    previous pg_snapshot;
+    seen_below xid8;
+    in_flight xid8[];
+begin
+    if current_setting('transaction_isolation') = 'repeatable read' then
+        -- Good only if the previous holder of the lock had committed before this snapshot.
+        if not exists (select from pg_locks l
+                        where l.locktype = 'advisory' and l.pid = pg_backend_pid() and l.granted
+                          and l.classid = 1885823848
+                          and l.objid::bigint = hashtext('pgchannels.') & 4294967295) then
+            raise exception 'seal() in REPEATABLE READ needs its lock to be held before the transaction begins'
+                using errcode = 'invalid_transaction_state';
+        end if;
+    elsif current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'seal() needs READ COMMITTED, not %', upper(current_setting('transaction_isolation'))
+            using errcode = 'invalid_transaction_state';
+    end if;
+    -- "pgch" and the schema: one sequencer at a time; the next one takes what has gathered.
+    perform pg_advisory_xact_lock(1885823848, hashtext('pgchannels.'));
+    -- An id that a reader has seen must outlive a crash, or another message would get it.
+    if current_setting('synchronous_commit') = 'off' then
+        perform set_config('synchronous_commit', 'local', true);
+    end if;
+
+    select b.last_id, b.snapshot into previous_id, previous
+      from pgchannels.batches b order by b.last_id desc limit 1;
+    if not found then
+        previous_id := 0;
+        previous := '1:1:';  -- a snapshot that saw nothing
+    end if;
+    seen_below := pg_snapshot_xmax(previous);
+    in_flight := array(select pg_snapshot_xip(previous));
+    if seen_below > pg_snapshot_xmax(pg_current_snapshot()) then
+        -- A snapshot from the future is another cluster's, from before a dump and restore.
+        seen_below := '0';
+        in_flight := '{}';
+    end if;
+    -- Ahead by a batch, for what is attached here takes messages from the next call on.
+    perform pgchannels.add_partitions(previous_id + 2::bigint * max_messages)
+      from pgchannels.log l where l.partitioned_to <= previous_id + 2::bigint * max_messages;
+    select least(max_messages, l.partitioned_to - 1 - previous_id) into strict max_messages from pgchannels.log l;
+
+    -- The delete and the recorded snapshot must be one statement: two have two snapshots, and what
+    -- commits between them would be lost for good. The rows that have become visible since the
+    -- previous batch are those of transactions that were in flight then or have begun since (PgQ's
+    -- rule). A batch that stops at its limit has not taken all that its snapshot could see, but all
+    -- of the transactions before the last one it took from. It records what that one could have
+    -- seen, so that the next batch begins there and does not walk over what this one has taken.
+    --
+    -- Of two transactions that changed the same row, the one that had to wait for the other comes
+    -- second, whichever began first: it went on to publish after the other had committed. So they are
+    -- ordered by their last messages.
+    with due as (
+        (select o.ctid, o.xid, o.id
+           from unnest(in_flight) f(xid)
+          cross join lateral (select r.ctid, r.xid, r.id from pgchannels.outbox r
+                               where r.xid = f.xid order by r.xid, r.id limit max_messages) o)
+        union all
+        (select o.ctid, o.xid, o.id from pgchannels.outbox o
+          where o.xid >= seen_below order by o.xid, o.id limit max_messages)
+        order by xid, id limit max_messages
+    ), taken as (
+        delete from pgchannels.outbox o where o.ctid = any (array(select ctid from due))
+        returning o.*
+    ), logged as (
+        insert into pgchannels.messages
+               (id, channel, payload, attachments, headers, size, created_at, expires_at)
+        select previous_id + row_number() over (order by last_id, id),
+               channel, payload, attachments, headers,
+               octet_length(payload::text) + coalesce(octet_length(headers::text), 0)
+               + case when attachments is null then 0
+                      else (select coalesce(sum(octet_length(a.bytes)), 0) from unnest(attachments) a(bytes)) end,
+               created_at, expires_at
+          from (select t.*, max(t.id) over (partition by t.xid) as last_id from taken t) t
+    )
+    insert into pgchannels.batches (last_id, snapshot, epoch)
+    select previous_id + count(*),
+           case when count(*) < max_messages then pg_current_snapshot()
+                else format('%s:%s:%s', least(pg_snapshot_xmin(pg_current_snapshot()), max(xid)), max(xid),
+                            (select string_agg(f.xid::text, ',' order by f.xid)
+                               from pg_snapshot_xip(pg_current_snapshot()) f(xid)
+                              where f.xid < max(taken.xid)))::pg_snapshot
+           end,
+           coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1)
+      from taken
+    having count(*) > 0
+    returning last_id into head;
+
+    head := coalesce(head, previous_id);
+    sealed := head - previous_id;
 end
 $$;
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from pgchannels import Message, PostgresLayer, Settings
 from pgchannels.web import JsonConsumer, lifespan, receives
@@ -170,7 +170,13 @@ async def test_the_database_is_away_for_ten_seconds(
                 client.group, {"type": "trouble.ahead", "names": [c.name for c in told]}
             )
         await outside.publish()
-        late = [await open_socket(number) for number in range(10)]
+        late, refusals = [], []
+        for number in range(10):
+            try:
+                late.append(await open_socket(number))
+            except InvalidStatus as refusal:
+                refusals.append(refusal.response.status_code)
+        assert set(refusals) <= {503}
         await asyncio.sleep(OUTAGE)  # how long it is away is what this is about
         proxy.resume()
 
@@ -178,7 +184,7 @@ async def test_the_database_is_away_for_ten_seconds(
         await eventually(
             lambda: Counter(c.code for c in clients if c.code is not None) == expected, timeout=60
         )
-        # Each of those who came meanwhile was let in in the end, or told to come back.
+        # Each of those who were let in meanwhile was so in the end, or told to come back.
         await eventually(lambda: all(c.name or c.code == 1013 for c in late), timeout=60)
         working = [client for client in clients + late if client.code is None]
         assert len(working) >= SOCKETS - sum(map(len, troubled)) + len(saying) + len(adding)

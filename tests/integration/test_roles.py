@@ -40,6 +40,7 @@ from pgchannels.pruner import Pruner
 from pgchannels.schema import NEEDED_REVISION
 from pgchannels.store import Session as StoreSession
 from pgchannels.testing.support import listening
+from tests.support.partitions import make_small
 
 Connection = psycopg.Connection[Any]
 MakeRole = Callable[..., str]
@@ -471,12 +472,7 @@ class TestNode:
             database_url=node, batch_size=10, heartbeat_interval=0.2, prune_interval=0.2
         )
         # Messages go over the ends of partitions, which are made as they are needed.
-        execute(
-            database_url,
-            "drop table pgchannels.messages_1;"
-            "update pgchannels.log set partition_size = 10, partitioned_to = 1;"
-            "select pgchannels.add_partitions(1)",
-        )
+        make_small(database_url, 10)
         async with asyncio.timeout(60), PostgresLayer(settings) as layer:
             async with layer.subscribe("a", after="0") as messages:
                 for n in range(40):

@@ -19,6 +19,7 @@ from psycopg.rows import scalar_row
 from pgchannels.channels import check_channel
 from pgchannels.errors import InvalidChannel
 from pgchannels.sql import load_queries
+from tests.support.partitions import make_small
 
 MIB = 1024 * 1024
 QUERIES = load_queries("pgchannels")
@@ -385,8 +386,8 @@ class TestSeal:
         size = value(connection, "select size from pgchannels.messages")
         assert size == len(' {"a": "é🚀" }'.encode())
 
-    def test_missing_partitions_are_made(self, connection: Connection) -> None:
-        small_partitions(connection, 10)
+    def test_missing_partitions_are_made(self, database_url: str, connection: Connection) -> None:
+        make_small(database_url, 10)
         publish_many(connection, 95, channels=1, batch=20)
         assert value(connection, "select count(*) from pgchannels.messages") == 95
 
@@ -398,12 +399,6 @@ async def test_every_query_can_be_prepared(database_url: str) -> None:
             await connection.prepare(sql)
     finally:
         await connection.close()
-
-
-def small_partitions(connection: Connection, size: int) -> None:
-    """Make an empty log's partitions hold *size* ids each."""
-    connection.execute("drop table pgchannels.messages_1")
-    connection.execute("update pgchannels.log set partition_size = %s, partitioned_to = 1", [size])
 
 
 def publish_many(connection: Connection, count: int, *, channels: int, batch: int) -> None:
@@ -433,8 +428,8 @@ class TestPlans:
     """On 40 partitions of 500 messages: 50 busy channels take turns, one was heard of once."""
 
     @pytest.fixture
-    def log(self, connection: Connection) -> Connection:
-        small_partitions(connection, 500)
+    def log(self, database_url: str, connection: Connection) -> Connection:
+        make_small(database_url, 500)
         connection.execute("select pgchannels.publish('quiet', '{}')")
         publish_many(connection, 19_799, channels=50, batch=500)
         connection.execute("analyze pgchannels.messages")

@@ -26,6 +26,7 @@ from pgchannels.orm import install
 from pgchannels.orm import publish as publish_in
 from pgchannels.store import Store
 from tests.support.eventually import eventually
+from tests.support.partitions import make_small
 from tests.support.processes import Processes
 
 if TYPE_CHECKING:
@@ -291,14 +292,6 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
     await engine.dispose()
 
 
-async def make_partitions_small(connection: Connection[Record]) -> None:
-    async with connection.transaction():
-        await connection.execute("drop table pgchannels.messages_1")
-        await connection.execute(
-            "update pgchannels.log set partition_size = $1, partitioned_to = 1", PARTITION
-        )
-
-
 @pytest.mark.parametrize("held_open", [False, True], ids=["", "beside an open transaction"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_every_committed_message_once_in_one_order(
@@ -309,7 +302,7 @@ async def test_every_committed_message_once_in_one_order(
     seed: int,
     held_open: bool,
 ) -> None:
-    await make_partitions_small(connection)
+    make_small(database_url, PARTITION)
     env = {f"PGCHANNELS_{name.upper()}": str(value) for name, value in SMALL.items()}
     env["PGCHANNELS_DATABASE_URL"] = database_url
     others = [processes.start("-c", SEQUENCING_NODE, env=env) for _ in range(2)]
@@ -370,7 +363,7 @@ async def test_a_page_is_whole_although_the_log_grew_a_partition_while_it_was_pl
     database_url: str, connection: Connection[Record], by_channel: bool
 ) -> None:
     """A plan without the newest partition must not meet a snapshot that has messages in it."""
-    await make_partitions_small(connection)
+    make_small(database_url, PARTITION)
     await connection.execute(
         "insert into pgchannels.outbox (channel, payload) select 'a', '{}'"
         " from generate_series(1, 100)"
