@@ -313,18 +313,20 @@ class Store(Queries):
             raise ChannelLayerClosed
         with driver_errors():
             connection = await pool.acquire()
+            # Released once in any case: who cancels again while it is must find it under way.
             try:
                 rows: list[Record] = await connection.fetch(sql, *arguments)
-            except UNAVAILABLE:
-                connection.terminate()  # or the pool would lend it out again
-                raise
             except asyncio.CancelledError:
                 # A server that has gone silent would hold up who cancels for the command timeout.
                 with suppress(TimeoutError, OSError, asyncpg.InterfaceError, asyncpg.PostgresError):
                     await pool.release(connection, timeout=_CANCELLING_TIME)
                 raise
-            finally:
+            except BaseException as error:
+                if isinstance(error, UNAVAILABLE):
+                    connection.terminate()  # or the pool would lend it out again
                 await pool.release(connection)
+                raise
+            await pool.release(connection)
         return rows
 
 

@@ -213,20 +213,41 @@ async def test_a_network_that_goes_silent_for_good_holds_nothing_up_for_long(
 
 
 async def test_who_cancels_in_a_silent_network_does_not_wait_for_it(database_url: str) -> None:
-    """It takes effect soon, and costs the pool no connection."""
+    """It takes effect soon, also if it comes twice, and costs the pool no connection."""
     async with TcpProxy(database_url) as proxy:
         settings = make_settings(proxy.url, command_timeout=60, pool_size=1)
         async with PostgresLayer(settings) as layer:
             proxy.stall()
-            for _ in range(2):
+            for again in (False, True):
                 asking = asyncio.create_task(layer.count_connections())
                 await asyncio.wait([asking], timeout=0.2)  # the statement is on its way by then
                 asking.cancel()
+                if again:
+                    await asyncio.wait([asking], timeout=0.1)
+                    asking.cancel()
                 await asyncio.wait([asking], timeout=SOON)
                 assert asking.cancelled()
             proxy.resume()
             async with asyncio.timeout(SOON):
                 assert await layer.count_connections() == 0
+
+
+async def test_who_cancels_again_and_again_is_cancelled(
+    database_url: str, stranger: Connection[Record]
+) -> None:
+    """As scopes of anyio do, at each await: also while the connection is on its way back."""
+    async with PostgresLayer(make_settings(database_url, pool_size=1)) as layer:
+        for _ in range(10):
+            async with stranger.transaction():
+                await stranger.execute("lock table pgchannels.nodes, pgchannels.channels")
+                asking = asyncio.create_task(layer.count_connections())
+                await eventually(lambda: waits_for_a_lock(stranger), timeout=30)
+                while not asking.done():
+                    asking.cancel()
+                    await asyncio.sleep(0)
+                assert asking.cancelled()
+        async with asyncio.timeout(SOON):
+            assert await layer.count_connections() == 0
 
 
 async def test_it_works_again_after_the_network_was_silent(database_url: str) -> None:

@@ -391,6 +391,26 @@ class TestSeal:
         publish_many(connection, 95, channels=1, batch=20)
         assert value(connection, "select count(*) from pgchannels.messages") == 95
 
+    def test_a_partition_takes_messages_from_the_next_call_on(
+        self, database_url: str, connection: Connection
+    ) -> None:
+        """Others hear of it a moment after they can see what was committed with it."""
+        make_small(database_url, 10)
+        connection.execute("drop table pgchannels.messages_1")
+        connection.execute("update pgchannels.log set partitioned_to = 1, attached_to = 1")
+        connection.execute("select pgchannels.publish('room', '{}') from generate_series(1, 25)")
+        room = "select (partitioned_to, attached_to)::text from pgchannels.log"
+        sealed = "select sealed from pgchannels.seal(4)"
+        assert (value(connection, sealed), value(connection, room)) == (0, "(1,11)")
+        assert (value(connection, sealed), value(connection, room)) == (4, "(11,11)")
+        # Made ahead: batches of one size are never cut short by it again.
+        assert [value(connection, sealed) for _ in range(6)] == [4, 4, 4, 4, 4, 1]
+        # A larger one stops where readers know of partitions, and goes on with the next call.
+        connection.execute("select pgchannels.publish('room', '{}') from generate_series(1, 30)")
+        assert value(connection, room) == "(31,41)"
+        assert value(connection, "select sealed from pgchannels.seal(30)") == 15
+        assert value(connection, "select sealed from pgchannels.seal(30)") == 15
+
 
 async def test_every_query_can_be_prepared(database_url: str) -> None:
     connection = await asyncpg.connect(database_url)
