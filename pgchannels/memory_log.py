@@ -201,7 +201,7 @@ class MemoryLog:
         for id in self._between(set(channels), after, before, newest_first, limit):
             if len(found) == limit or size >= settings.page_bytes:
                 return LogPage(found, self.head, full=True)
-            found.append(self._messages[id])
+            found.append(self._messages[id].own())
             size += found[-1].size
         return LogPage(found, self.head, full=len(found) == limit)
 
@@ -298,7 +298,7 @@ class MemoryLog:
         for id in merge(*pages):
             channel.cursor = id
             if self._messages[id].is_for(name):
-                return self._messages[id]
+                return self._messages[id].own()
         channel.cursor = self.head_id
         return None
 

@@ -343,7 +343,8 @@ class Stream:
     async def batch(self) -> list[Message]:
         """Wait for messages and take all that are there, in order.
 
-        None are there only if there is something else to tell: look at :attr:`truncated`.
+        None are there only if there is something else to tell: look at :attr:`truncated`. They are
+        this reader's own: no other one sees what is done to their data.
 
         Raises:
             ChannelLayerClosed: when the stream or its layer has been closed.
@@ -355,6 +356,13 @@ class Stream:
                 declared dead, and by the time that it was back others had taken the places.
             DatabaseError: the log cannot be read, for another reason than that it is away.
             RuntimeError: outside of ``async with``, or while another task waits here.
+        """
+        return [message.own() for message in await self.shared_batch()]
+
+    async def shared_batch(self) -> list[Message]:
+        """As :meth:`batch`, of messages that other readers of the process have too.
+
+        For readers that pass them on as they are, or make :meth:`~pgchannels.Message.own` of them.
         """
         self._check_entered()
         if self._wakeup is not None:

@@ -45,6 +45,32 @@ class StreamTests:
                 async with node.subscribe("room", after=beginning) as stream:
                     assert await take(stream, 8) == sent
 
+    async def test_a_reader_may_change_what_it_has_read(self, make_layer: MakeLayer) -> None:
+        layer = await make_layer()
+        await layer.send("room", {"n": [1]}, headers={"h": "1"})
+        await settle(layer)
+        for live in (False, True):
+            async with (
+                layer.subscribe("room", after=None if live else "0") as first,
+                layer.subscribe("room", after=None if live else "0") as second,
+            ):
+                if live:
+                    await layer.send("room", {"n": [1]}, headers={"h": "1"})
+                for read in (await take(first, 1), await second.batch()):
+                    (message,) = read
+                    assert message.data == {"n": [1]}
+                    message["n"].append(2)
+                    del message.data["n"]
+                    with pytest.raises(TypeError):
+                        message.headers["h"] = "2"  # type: ignore[index]
+        for _ in range(2):
+            page = await layer.history("room")
+            for message in page.messages:
+                assert message.data == {"n": [1]}
+                message.data.clear()
+        async with layer.follow("room", name="reader", after="0") as batches:
+            assert [message.data for message in await anext(batches)] == [{"n": [1]}] * 2
+
     async def test_the_seam_between_replay_and_live(self, make_layer: MakeLayer) -> None:
         layer, other = await make_layer(page_size=7), await make_layer()
         await send_numbers(layer, "room", range(50))

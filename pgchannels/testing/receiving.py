@@ -64,6 +64,17 @@ async def by_its_own_timeout(layer: ChannelLayer, patience: float) -> Message | 
 class ReceivingTests:
     """``receive()``."""
 
+    async def test_a_receiver_may_change_what_it_has_received(self, make_layer: MakeLayer) -> None:
+        layer = await make_layer()
+        first, second = [await layer.new_channel("worker") for _ in range(2)]
+        for channel in (first, second):
+            await layer.group_add("jobs", channel)
+        await layer.group_send("jobs", {"n": [1]})
+        for channel in (first, second):
+            message = await layer.receive(channel, timeout=PATIENCE)
+            assert message.data == {"n": [1]}
+            message["n"].append(2)
+
     async def test_in_order(self, make_layer: MakeLayer) -> None:
         layer, other = await make_layer(), await make_layer()
         await send_numbers(layer, "jobs", range(10))

@@ -270,7 +270,7 @@ class Connection(Reader):
         while True:
             frame = await self._receive_frame(answers=True)
             try:
-                content = frame.json()
+                content = frame.shared_json()
             except SocketError as error:
                 await self.tell(error)
             else:
@@ -350,7 +350,7 @@ class Connection(Reader):
         if chain is not None and not chain.sees_outbound:
             chain = None
         while True:
-            messages = await stream.batch()
+            messages = await stream.shared_batch()
             if stream.truncated:
                 stream.truncated = False
                 await self.truncated()
@@ -365,7 +365,7 @@ class Connection(Reader):
     async def _deliver_through(self, chain: Chain, message: Message) -> None:
         passed = None
         try:
-            passed = await chain.outbound(self, message)
+            passed = await chain.outbound(self, message.own())
         except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
             await self._tell_or_raise(error)
         if passed is not None:

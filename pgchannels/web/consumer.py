@@ -22,7 +22,13 @@ from pgchannels.web.annotations import defining_namespace, parameters
 from pgchannels.web.connection import Connection
 from pgchannels.web.connections import ConnectionManager
 from pgchannels.web.endpoint import make_endpoint
-from pgchannels.web.handlers import EventHandlers, Handler, find_events, find_receivers
+from pgchannels.web.handlers import (
+    EventHandlers,
+    Handler,
+    find_events,
+    find_receivers,
+    is_overridden,
+)
 from pgchannels.web.life import Refused, Unserved
 from pgchannels.web.refusal import refuse
 from pgchannels.web.validation import problems
@@ -73,6 +79,7 @@ class WebSocketConsumer(Connection):
     """
 
     _events: ClassVar[EventHandlers] = EventHandlers({})
+    _forwards_itself: ClassVar[bool] = False
     _receivers: ClassVar[Mapping[str, Handler]] = {}
     _receives_types: ClassVar[bool] = False
     _connect: ClassVar[_Connect] = _Connect(None, ())
@@ -81,6 +88,7 @@ class WebSocketConsumer(Connection):
         super().__init_subclass__(**options)
         namespace = defining_namespace()
         cls._events = find_events(cls, namespace, cls._events.by_type.values())
+        cls._forwards_itself = is_overridden(cls, "forward")
         cls._receivers = find_receivers(cls, namespace, cls._receivers.values())
         if cls._receivers and not cls._receives_types:
             names = ", ".join(handler.name for handler in cls._receivers.values())
@@ -187,10 +195,11 @@ class WebSocketConsumer(Connection):
 
     async def _deliver(self, message: Message) -> None:
         handler = self._events.find(message)
+        # Other sockets have the same message. A subclass gets one that it may change.
         if handler is None or FRAME in message.headers:
-            await self.forward(message)
+            await self.forward(message.own() if self._forwards_itself else message)
         else:
-            await self._handle(message, handler)
+            await self._handle(message.own(), handler)
 
     async def _handle(self, message: Message, handler: Handler) -> None:
         try:

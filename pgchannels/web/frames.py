@@ -18,7 +18,7 @@ logger = logging.getLogger("pgchannels.web")
 
 
 def encode_json(content: Any) -> str:
-    """Encode what orjson does, and pydantic models, also inside of other things.
+    """Encode what orjson does, pydantic models and messages (their data), also inside of others.
 
     Raises:
         TypeError: for what cannot be encoded.
@@ -59,6 +59,8 @@ def _encode(content: Any, *, with_bytes: bool) -> str:
 def _plain(value: object) -> object:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    if isinstance(value, Message):
+        return value.data
     raise TypeError
 
 

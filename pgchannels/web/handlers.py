@@ -20,7 +20,15 @@ from pgchannels.errors import ConfigurationError, InvalidPayload
 from pgchannels.messages import Message
 from pgchannels.web.annotations import Unresolved, parameters
 
-__all__ = ["EventHandlers", "Handler", "find_events", "find_receivers", "handles", "receives"]
+__all__ = [
+    "EventHandlers",
+    "Handler",
+    "find_events",
+    "find_receivers",
+    "handles",
+    "is_overridden",
+    "receives",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Awaitable[None]])
 
@@ -70,6 +78,11 @@ class Handler(NamedTuple):
     @property
     def name(self) -> str:
         return getattr(self.function, "__qualname__", repr(self.function))
+
+
+def is_overridden(cls: type, name: str) -> bool:
+    """Whether a user's class, among *cls* and its bases, has defined the method *name*."""
+    return not _is_ours(next(each for each in cls.__mro__ if name in vars(each)))
 
 
 class EventHandlers:

@@ -1,4 +1,4 @@
-"""What a client has sent: one text or binary frame, parsed when somebody asks, and once."""
+"""What a client has sent: one text or binary frame, parsed when somebody asks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ class Frame:
         return self._size
 
     def json(self) -> Any:
-        """The content, of text or bytes in UTF-8. It is shared by all who ask: do not change it.
+        """The content, of text or bytes in UTF-8, parsed for each call.
+
+        Changing it changes nothing for the middleware and the application behind:
+        :meth:`replace` does that.
 
         What is not JSON by RFC 8259 is refused: NaN, a number that is infinite as a double, half of
         a surrogate pair, arrays and objects that are more than 1024 levels deep.
@@ -65,20 +68,24 @@ class Frame:
         Raises:
             ValidationFailed: ``invalid_json``.
         """
-        if self._content is _NOTHING and self._error is None:
+        if self._error is None:
             try:
-                self._content = orjson.loads(self._raw)
+                return orjson.loads(self._raw)
             except orjson.JSONDecodeError as error:
                 self._error = str(error)
-        if self._error is not None:
-            raise ValidationFailed(self._error, code="invalid_json")
+        raise ValidationFailed(self._error, code="invalid_json")
+
+    def shared_json(self) -> Any:
+        """As :meth:`json`, parsed once, for readers that change nothing and for the last one."""
+        if self._content is _NOTHING:
+            self._content = self.json()
         return self._content
 
     @property
     def type(self) -> str | None:
         """The content's ``"type"``, if it is an object and that is a string. Parses the content."""
         try:
-            content = self.json()
+            content = self.shared_json()
         except ValidationFailed:
             return None
         kind = content.get("type") if isinstance(content, dict) else None

@@ -152,7 +152,7 @@ class Wire:
         await self._send("bytes", data)
 
     async def send_json(self, content: Any) -> None:
-        """Send *content*, which may be or hold pydantic models, as a text frame."""
+        """Send *content*, which may be or hold pydantic models and messages, as a text frame."""
         await self.send_text(encode_json(content))
 
     def spawn(self, coroutine: Coroutine[Any, Any, object]) -> None:

@@ -48,6 +48,12 @@ def test_models_are_encoded_wherever_they_are() -> None:
     assert encode_json({"points": [POINT, POINT]}) == f'{{"points":[{point},{point}]}}'
 
 
+def test_messages_are_encoded_as_their_data() -> None:
+    sent = message({"n": 1}, None)
+    assert encode_json(sent) == '{"n":1}'
+    assert encode_json([sent]) == '[{"n":1}]'
+
+
 def test_what_is_too_deep_is_the_datas_fault() -> None:
     with pytest.raises(InvalidPayload, match="nested too deep"):
         encode_json(DEEP)

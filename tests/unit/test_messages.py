@@ -336,6 +336,28 @@ class TestMessage:
             deep["a"]
 
 
+class TestOwn:
+    def test_its_data_and_type_are_its_own_and_the_envelope_is_not_made_again(self) -> None:
+        shared = with_bytes({"type": "a", "deep": {"x": 1, "bytes": b"y"}})
+        own, other = shared.own(), shared.own().own()
+        assert own == shared
+        assert repr(own) == repr(shared)
+        assert own.to_dict() == shared.to_dict()
+        own["deep"]["x"] = 2
+        own.data.pop("type")
+        for each in (own, other, shared):
+            assert each.type == "a"
+        for each in (other, shared):
+            assert each.data == {"type": "a", "deep": {"x": 1, "bytes": b"y"}}
+        assert own.envelope is other.envelope is shared.envelope
+        assert own.document is other.document is shared.document
+
+    def test_the_type_is_the_published_one_whatever_becomes_of_the_data(self) -> None:
+        read = message('{"type": "a"}')
+        read.data["type"] = "b"
+        assert read.type == read.own().type == "a"
+
+
 class TestHeaders:
     def test_none(self) -> None:
         for m in (message(), message(headers={})):

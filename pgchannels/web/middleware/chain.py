@@ -44,9 +44,9 @@ class Middleware:
     async def outbound(self, connection: Connection, message: Message) -> Message | None:
         """*message* is about to go to the client. Return it, or another one, or None to drop it.
 
-        The message is shared with all who get it: do not change it. Be quick, for the messages
-        after it wait. The client has asked for nothing here, and so there is nothing to refuse: an
-        exception closes the socket.
+        Changing its data changes nothing for others, nor what the client gets. Be quick, because
+        the messages after it wait. The client has asked for nothing here, and so there is nothing
+        to refuse: an exception closes the socket.
         """
         return message
 

@@ -93,7 +93,7 @@ class Validation(Middleware):
             )
         if not self._parses:
             return frame
-        content = frame.json()
+        content = frame.shared_json()
         if self.max_depth is not None and _is_deeper(frame.raw, content, self.max_depth):
             raise ValidationFailed(
                 f"it is nested more than {self.max_depth} levels deep",
