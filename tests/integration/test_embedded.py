@@ -67,6 +67,12 @@ def make(directory: Path, postgres_version: int) -> Iterator[Make]:
         yield make
 
 
+def give_to_server(path: Path) -> None:
+    """Make the user that runs the server the owner, which is another one where root has started it."""
+    owner = path.parent.stat()
+    os.chown(path, owner.st_uid, owner.st_gid)
+
+
 def query(server: EmbeddedPostgres, statement: str) -> object:
     with psycopg.connect(server.url(), autocommit=True) as connection:
         cursor = connection.execute(statement.encode())
@@ -212,6 +218,7 @@ def test_a_pid_file_that_names_an_innocent_process_is_no_obstacle(make: Make) ->
     innocent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         pid_file.write_text(f"{innocent.pid}\n{rest}")
+        give_to_server(pid_file)
         assert server.pid is None
         server.start()
         assert query(server, "select 1") == 1
@@ -303,6 +310,46 @@ def test_binaries_out_of_reach_are_copied(
     assert server.bin_path.is_relative_to(directory / "state")
     assert query(server, "select 1") == 1
     assert (closed.stat().st_mode & 0o777) == 0o700
+
+
+@pytest.mark.parametrize("name", ["pgchannels.conf", "postmaster.pid", "server.log", "PG_VERSION"])
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_link_that_the_servers_user_has_made_is_not_followed(
+    make: Make, tmp_path: Path, name: str, link: Callable[[Path, Path], None]
+) -> None:
+    """SQL of the superuser can act as the server's user; root must not write or tell for it."""
+    server = make()
+    server.start()
+    server.stop()
+    victim = server.data_dir / "victim"
+    victim.write_text("secret")
+    victim.chmod(0o600)
+    before = victim.stat()
+    planted = server.data_dir / "pgdata" / name
+    planted.unlink(missing_ok=True)
+    link(planted, victim)
+    if os.geteuid() != 0 and link is Path.hardlink_to:
+        pytest.skip("a file of the same user is the server's own: there is nobody to protect")
+
+    try:
+        server.start()
+    except EmbeddedPostgresError as error:
+        assert "secret" not in str(error)
+    server.stop()
+
+    assert victim.read_text() == "secret"
+    after = victim.stat()
+    assert (after.st_uid, after.st_mode) == (before.st_uid, before.st_mode)
+
+
+def test_a_port_that_the_settings_open_lets_nobody_in(make: Make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    server = make(settings={"listen_addresses": "127.0.0.1", "port": str(port)})
+    server.start()
+    with pytest.raises(psycopg.OperationalError, match="rejects connection"):
+        psycopg.connect(f"postgresql://postgres@127.0.0.1:{port}/postgres")
+    server.stop()
 
 
 def test_failure_to_start_shows_what_the_server_said(make: Make) -> None:
