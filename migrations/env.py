@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 
 from pgchannels import migrate
 from pgchannels.errors import ConfigurationError
-from pgchannels.revisions import foreign_object, migration_lock
+from pgchannels.revisions import foreign_object, migration_lock, prepared, stranger
 from pgchannels.schema import LOCK_TIMEOUT, VERSION_TABLE
 from pgchannels.settings import Settings
 
@@ -48,11 +48,17 @@ def run(connection: Connection | None, schema: str) -> None:
         # Whoever comes after it in the queue for a lock has to wait as long, so not for ever.
         context.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'")
         if connection is None:
-            context.execute(f"create schema if not exists {quoted}")
+            context.execute(prepared(schema))
         elif (found := connection.scalar(text(f"select {foreign_object(schema)}"))) is not None:
             raise ConfigurationError(
                 f"schema {schema!r} is not pgchannels' own: it holds {found}. Choose a schema that "
                 "does not exist yet, or is empty: --schema, PGCHANNELS_SCHEMA_NAME, schema_name="
+            )
+        elif (owner := connection.scalar(text(f"select {stranger(schema)}"))) is not None:
+            raise ConfigurationError(
+                f"schema {schema!r} belongs to {owner!r}, who could replace what it holds. "
+                "Migrate as that role, give the schema to the role that migrates (ALTER SCHEMA … "
+                "OWNER TO …), or choose another one: --schema, PGCHANNELS_SCHEMA_NAME, schema_name="
             )
         elif not schema_exists(connection, schema):
             # IF NOT EXISTS would ask for the right to create schemas even where one is there.

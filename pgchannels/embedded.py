@@ -11,8 +11,8 @@ The server listens on a Unix socket only, in a directory that only its own user 
 a daemon in a session of its own, so neither Ctrl-C nor the death of the owner ends it: `stop` does.
 A server which a killed owner left behind is restarted by the next one. As PostgreSQL refuses to run
 as root, root runs it as the system user ``pgserver``, which is created when it is missing. Whoever
-may run SQL as the superuser can act as that user, so root never follows a link in ``pgdata/``, which
-belongs to it, and writes nothing there but the pid file of a server that has crashed.
+may run SQL as the superuser can act as that user, so root never follows a link in ``pgdata/``,
+which belongs to it, and writes nothing there but the pid file of a server that has crashed.
 """
 
 import errno
@@ -71,10 +71,11 @@ def default_data_dir() -> Path:
 class EmbeddedPostgres:
     """A PostgreSQL server on a directory of its own. Not for use by several threads at once.
 
-    ``settings`` are server parameters, written before each start. They may set ``listen_addresses``,
-    but ``pg_hba.conf`` rejects what comes by TCP: the superuser has no password, and a port is open to
-    every user of the machine. Nothing is opened, created or checked before `start`. A server that does not do as told is an `EmbeddedPostgresError`, in its
-    own words.
+    ``settings`` are server parameters, written before each start. They may set
+    ``listen_addresses``, but ``pg_hba.conf`` rejects connections by TCP: the superuser has no
+    password, and a port is open to every user of the machine. Nothing is opened, created or checked
+    before `start`. A server that does not do as told is an `EmbeddedPostgresError`, in its own
+    words.
     """
 
     def __init__(

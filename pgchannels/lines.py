@@ -35,8 +35,13 @@ _MAX_BYTES = 8 * 1024 * 1024
 _PAUSE = 0.1
 
 _LINE_BREAK = re.compile(r"[\r\n]+")
-# What JSON lets stand and a terminal may obey.
-_CONTROL = re.compile("[\x7f-\x9f]")
+# JSON lets these stand, and a terminal obeys them or hides what they do: C1 controls, marks that
+# turn the direction of text, characters of no width, line separators, tags. A JSON string may have
+# each as an escape instead.
+_CONTROL = re.compile(
+    "[\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e0fff]"
+)
 
 
 class Line(NamedTuple):
@@ -136,17 +141,21 @@ def _is_ready(descriptor: int) -> bool:
 def message_line(message: Message) -> str:
     """Time (UTC), position, channel and payload: for people."""
     created_at = message.created_at.astimezone(UTC).isoformat(timespec="milliseconds")
-    line = (
-        f"{created_at[:-6]}Z  {message.position}  {message.channel}  {_one_line(message.payload)}"
-    )
-    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
+    payload = _one_line(message.payload)
+    return f"{created_at[:-6]}Z  {message.position}  {message.channel}  {payload}"
 
 
 def envelope_line(message: Message) -> str:
-    """What clients get, as one line."""
+    """The JSON that clients get, as one line."""
     return _one_line(message.envelope)
 
 
 def _one_line(json: str) -> str:
-    # Between tokens: in a string, a line break is written as an escape.
-    return _LINE_BREAK.sub(" ", json)
+    """The same JSON, in one line that no terminal obeys."""
+    # A line break stands between tokens: in a string, it is written as an escape.
+    return _CONTROL.sub(_escape, _LINE_BREAK.sub(" ", json))
+
+
+def _escape(match: re.Match[str]) -> str:
+    units = match[0].encode("utf-16-be")
+    return "".join(f"\\u{units[place : place + 2].hex()}" for place in range(0, len(units), 2))

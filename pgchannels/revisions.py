@@ -25,6 +25,8 @@ __all__ = [
     "foreign_object",
     "is_ours",
     "migration_lock",
+    "prepared",
+    "stranger",
     "upgrade_blocks",
     "upgrade_to",
 ]
@@ -85,11 +87,31 @@ _FOREIGN = """\
     (select pg_describe_object('pg_type'::regclass, t.oid, 0) from pg_type t
       where t.typnamespace = to_regnamespace('"{schema}"') order by t.typname limit 1)) end)"""
 
-_REFUSE_FOREIGN = """\
+# The owner of a schema may drop what is in it, and put functions of its own in the place of ours. A
+# superuser could do so anyway. The schema "public" belongs to the owner of the database.
+_STRANGER = """\
+(select pg_get_userbyid(o.owner)
+   from (select case when n.nspowner = 'pg_database_owner'::regrole
+                     then d.datdba else n.nspowner end as owner
+           from pg_namespace n join pg_database d on d.datname = current_database()
+          where n.nspname = '{schema}') o
+  where o.owner <> case
+            when {is_ours}
+            then (select c.relowner from pg_class c where c.oid = to_regclass('"{schema}".log'))
+            else (select r.oid from pg_roles r where r.rolname = current_user) end
+    and not (select r.rolsuper from pg_roles r where r.oid = o.owner))"""
+
+_REFUSE = """\
             if {foreign} is not null then
                 raise exception 'schema {schema} is not pgchannels'' own: it holds %', {foreign}
                     using errcode = 'object_not_in_prerequisite_state',
                           hint = 'Choose a schema that does not exist yet, or is empty.';
+            elsif {stranger} is not null then
+                raise exception 'schema {schema} belongs to %, who could replace what it holds',
+                        {stranger}
+                    using errcode = 'object_not_in_prerequisite_state',
+                          hint = 'Migrate as that role, give the schema to the role that migrates '
+                                 '(ALTER SCHEMA … OWNER TO …), or choose another schema.';
             end if;
 """
 
@@ -186,6 +208,20 @@ def foreign_object(schema: str) -> str:
     return _FOREIGN.format(schema=schema, is_ours=is_ours(schema))
 
 
+def stranger(schema: str) -> str:
+    """The expression that names the owner of *schema*, or is null if that role can be trusted.
+
+    Trusted are the role that owns the tables, which is the current one before they are made, and
+    superusers.
+    """
+    return _STRANGER.format(schema=schema, is_ours=is_ours(schema))
+
+
+def prepared(schema: str) -> str:
+    """A ``DO`` statement: refuse a schema that is not for us, and make one that is missing."""
+    return f"do {_dollar_quoted(f'begin{chr(10)}{_prepare(schema)}end', 'pgchannels')}"
+
+
 def _guarded(revision: str, schema: str, *, wanted: str | None, then: str | None) -> str:
     """The step between the revisions *wanted* and *then*, which is *revision* or its undoing."""
     table = _version_table(schema)
@@ -210,7 +246,7 @@ def _guarded(revision: str, schema: str, *, wanted: str | None, then: str | None
     return block(
         _READ_REVISION.format(version_table=table, is_ours=is_ours(schema))
         + f"            if {condition} then\n"
-        + (_prepare(schema) if wanted is None else "")
+        + (_prepare(schema) if then == revision else "")
         + "".join(f"execute {_dollar_quoted(step, 'statement')};\n" for step in steps)
         + "            end if;",
         schema,
@@ -219,7 +255,9 @@ def _guarded(revision: str, schema: str, *, wanted: str | None, then: str | None
 
 def _prepare(schema: str) -> str:
     """What comes before the first revision."""
-    refuse = _REFUSE_FOREIGN.format(schema=schema, foreign=foreign_object(schema))
+    refuse = _REFUSE.format(
+        schema=schema, foreign=foreign_object(schema), stranger=stranger(schema)
+    )
     return refuse + _CREATE_SCHEMA.format(schema=schema)
 
 

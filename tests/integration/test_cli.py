@@ -577,7 +577,7 @@ def test_tail_prints_what_is_there(
 def test_a_line_is_for_people_and_one_of_json_for_programs(
     run: Run, database_url: str, connection: psycopg.Connection
 ) -> None:
-    """One line each, whatever is in the text; and nothing that a terminal obeys."""
+    """One line each, whatever is in the text; and nothing that a terminal obeys or hides."""
     connection.execute("select pgchannels.publish('a', E'{\n\"x\":\r\n\"\u009b31m\"}')")
     line = run("tail", "a", "--database-url", database_url).out
     time, position, channel, payload = line.removesuffix("\n").split("  ", 3)
@@ -585,9 +585,26 @@ def test_a_line_is_for_people_and_one_of_json_for_programs(
     assert (position, channel, payload) == ("1-1", "a", '{ "x": "\\u009b31m"}')
     line = run("tail", "a", "--json", "--database-url", database_url).out
     assert line.count("\n") == 1
+    assert "\u009b" not in line
     envelope = json.loads(line)
     assert (envelope["id"], envelope["channel"]) == (1, "a")
     assert envelope["data"] == {"x": "\u009b31m"}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    "hidden",
+    ["\u0085", "\u202e", "\u2066", "\u200b", "\u2028", "\ufeff", "\xad", "\U000e0041"],
+)
+def test_a_character_that_a_terminal_would_obey_or_hide_is_shown_as_an_escape(
+    run: Run, database_url: str, connection: psycopg.Connection, hidden: str, as_json: bool
+) -> None:
+    connection.execute("select pgchannels.publish('a', %s)", [f'{{"x": "é{hidden}😀"}}'])
+    line = run("tail", "a", *["--json"] * as_json, "--database-url", database_url).out
+    assert hidden not in line
+    payload = json.loads(line)["data"] if as_json else json.loads(line.split("  ", 3)[3])
+    assert payload == {"x": f"é{hidden}😀"}
+    assert "é" in line
 
 
 def test_tail_says_what_has_been_removed(

@@ -13,6 +13,8 @@ from uuid import uuid4
 import asyncpg
 import psycopg
 import pytest
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from psycopg import sql
 from psycopg.errors import (
     InsufficientPrivilege,
@@ -23,6 +25,7 @@ from psycopg.errors import (
 from psycopg.rows import scalar_row
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
@@ -35,6 +38,7 @@ from pgchannels import (
     Settings,
     migrate,
 )
+from pgchannels.alembic import UpgradeOp
 from pgchannels.orm import install, publish
 from pgchannels.pruner import Pruner
 from pgchannels.schema import NEEDED_REVISION
@@ -690,6 +694,77 @@ class TestMaintainer:
             grant(database_url, "maintainer", role)
         with psycopg.connect(as_role(database_url, role)) as connection:
             refused(connection, "set role postgres")
+
+
+class TestWhoseSchema:
+    """The owner of a schema can replace what is in it, and others would run that."""
+
+    def migrate_by_operation(self, url: str) -> None:
+        engine = create_engine(
+            url.replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool
+        )
+        with engine.begin() as connection:
+            operations = Operations(MigrationContext.configure(connection))
+            operations.invoke(UpgradeOp(NEEDED_REVISION))
+
+    def migrate_by_script(self, url: str) -> None:
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(migrate.script().encode())
+
+    def test_nobody_migrates_into_anothers(
+        self, empty_database_url: str, make_role: MakeRole
+    ) -> None:
+        squatter = make_role()
+        execute(empty_database_url, f"create schema pgchannels authorization {squatter}")
+        with pytest.raises(ConfigurationError, match=f"belongs to '{squatter}'.*OWNER TO"):
+            migrate.upgrade(empty_database_url)
+        with pytest.raises(DBAPIError, match=f"belongs to {squatter}, who could replace"):
+            self.migrate_by_operation(empty_database_url)
+        with pytest.raises(ObjectNotInPrerequisiteState, match=f"belongs to {squatter}"):
+            self.migrate_by_script(empty_database_url)
+        assert migrate.current(empty_database_url) is None
+
+    def test_nor_when_it_was_given_away_later(
+        self, empty_database_url: str, make_role: MakeRole
+    ) -> None:
+        migrate.upgrade(empty_database_url, "0003")
+        other = make_role()
+        execute(empty_database_url, f"alter schema pgchannels owner to {other}")
+        with pytest.raises(ConfigurationError, match=f"belongs to '{other}'"):
+            migrate.upgrade(empty_database_url)
+        with pytest.raises(DBAPIError, match=f"belongs to {other}"):
+            self.migrate_by_operation(empty_database_url)
+
+    def test_a_superusers_and_ones_own_will_do(
+        self, empty_database_url: str, make_role: MakeRole
+    ) -> None:
+        name = make_role()
+        execute(
+            empty_database_url,
+            f"create schema pgchannels; grant all on schema pgchannels to {name};"
+            f"create schema own authorization {name}",
+        )
+        for schema in ("pgchannels", "own"):
+            settings = Settings(database_url=as_role(empty_database_url, name), schema_name=schema)
+            migrate.upgrade(settings)
+            assert migrate.current(settings) == NEEDED_REVISION
+
+    @pytest.mark.parametrize("who", ["owner", "postgres"])
+    def test_public_is_the_database_owners(
+        self, empty_database_url: str, make_role: MakeRole, who: str
+    ) -> None:
+        owner = make_role()
+        database = make_url(empty_database_url).database
+        execute(empty_database_url, f'alter database "{database}" owner to {owner}')
+        url = as_role(empty_database_url, owner if who == "owner" else "postgres")
+        settings = Settings(database_url=url, schema_name="public")
+        if who == "owner":
+            migrate.upgrade(settings)
+            assert migrate.current(settings) == NEEDED_REVISION
+        else:
+            with pytest.raises(ConfigurationError, match=f"belongs to '{owner}'"):
+                migrate.upgrade(settings)
+        execute(empty_database_url, f'alter database "{database}" owner to postgres')
 
 
 class TestGrantAccess:
