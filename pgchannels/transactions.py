@@ -11,7 +11,18 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import asyncpg
-from sqlalchemy import Connection, Text, Update, and_, cast, func, or_, update
+from sqlalchemy import (
+    Connection,
+    Executable,
+    Text,
+    Update,
+    and_,
+    cast,
+    func,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
@@ -44,11 +55,13 @@ async def move_in_transaction(transaction: Any, schema: str, move: Move) -> Move
     if isinstance(transaction, asyncpg.Connection):  # one that was acquired from a pool, too
         return await _on_asyncpg(transaction, schema, move)
 
+    statement = _statement(schema, move)
+
     def moved(connection: Connection) -> Moved | None:
-        row = connection.execute(_statement(schema, move)).one_or_none()
+        row = connection.execute(statement).one_or_none()
         return None if row is None else Moved(*row)
 
-    return await _in_its_connection(transaction, schema, moved)
+    return await _in_its_connection(transaction, statement, moved)
 
 
 async def begin_repeatable_read(transaction: Any, schema: str) -> None:
@@ -73,7 +86,10 @@ async def _set(transaction: Any, schema: str, statement: str) -> None:
             await transaction.execute(statement)
         else:
             await _in_its_connection(
-                transaction, schema, lambda connection: connection.exec_driver_sql(statement)
+                transaction,
+                # The connection that the session reads by.
+                select(followers(schema)),
+                lambda connection: connection.exec_driver_sql(statement),
             )
     except (asyncpg.PostgresError, DBAPIError) as error:
         if _sqlstate(error) == "25001":  # active_sql_transaction
@@ -91,12 +107,16 @@ def _sqlstate(error: Exception) -> object:
 
 
 async def _in_its_connection(
-    transaction: Any, schema: str, function: Callable[[Connection], T]
+    transaction: Any, clause: Executable, function: Callable[[Connection], T]
 ) -> T:
-    """Call *function* with the connection of something of SQLAlchemy's."""
+    """Call *function* with the connection of something of SQLAlchemy's.
+
+    A session with a ``get_bind()`` of its own may choose by *clause*: a replica for what reads, the
+    leader for what writes.
+    """
 
     def of_session(session: Session | scoped_session[Any]) -> T:
-        return of_connection(_connection(session, schema))
+        return of_connection(_connection(session, clause))
 
     def of_connection(connection: Connection) -> T:
         check_transaction(connection)
@@ -104,7 +124,7 @@ async def _in_its_connection(
 
     match transaction:
         case async_scoped_session():
-            return await _in_its_connection(transaction(), schema, function)
+            return await _in_its_connection(transaction(), clause, function)
         case AsyncSession():
             return await transaction.run_sync(of_session)
         case AsyncConnection():
@@ -149,9 +169,9 @@ def _check_in_transaction(connection: Any) -> None:
         )
 
 
-def _connection(session: Session | scoped_session[Any], schema: str) -> Connection:
+def _connection(session: Session | scoped_session[Any], clause: Executable) -> Connection:
     try:
-        return session.connection(bind_arguments={"clause": followers(schema)})
+        return session.connection(bind_arguments={"clause": clause})
     except UnboundExecutionError as error:
         raise ConfigurationError(
             "this session has no engine for the tables of pgchannels: give it a bind of its own, "

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, event, inspect, update
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import (
@@ -208,7 +208,7 @@ def _outlet(session: Session) -> Outlet:
 
 def _check_bind(session: Session, entries: type[Entry]) -> None:
     try:
-        bind = session.get_bind(entries)
+        bind = session.get_bind(**_bind_arguments(entries))
     except UnboundExecutionError as error:
         raise ConfigurationError(
             "this session has no engine that it could publish to: give it a bind of its own, not "
@@ -220,6 +220,16 @@ def _check_bind(session: Session, entries: type[Entry]) -> None:
         )
 
 
+def _bind_arguments(entries: type[Entry]) -> dict[str, Any]:
+    """For ``get_bind()``, which an application may have replaced to route what reads and writes.
+
+    As SQLAlchemy itself calls it: with a mapper. The clause is one that even a ``get_bind()`` that
+    knows nothing of inserts takes for writing.
+    """
+    mapper = inspect(entries)
+    return {"mapper": mapper, "clause": update(mapper.local_table)}
+
+
 def _connect(session: Session) -> Connection:
     """The connection that the session's entries go by.
 
@@ -227,7 +237,7 @@ def _connect(session: Session) -> Connection:
         ConfigurationError: it would commit by itself.
     """
     entries = entry_class(_outlet(session).settings.schema_name)
-    connection = session.connection(bind_arguments={"mapper": entries})
+    connection = session.connection(bind_arguments=_bind_arguments(entries))
     check_transaction(connection)
     return connection
 

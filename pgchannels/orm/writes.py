@@ -43,7 +43,9 @@ class Write:
         """The row is about to be written: note what will be lost, and read what must be known."""
         changed, former = self._history()
         values = self.state.dict
-        filled = self.plan.filled.keys() - self.state.committed_state.keys() - self.written
+        # Not by committed_state: merge() sets every attribute, mostly to what it is already. The
+        # unit of work leaves such a column out of its UPDATE, which then fills it in.
+        filled = self.plan.filled.keys() - changed - self.written
         unread = (self.plan.former & changed) - former.keys()
         if changed and self.operation == "update":
             self._load(filled)

@@ -578,6 +578,66 @@ class TestRetrying:
         assert log.read() == [1, 2, 3]
 
 
+class TestRouting:
+    """Sessions that choose an engine themselves: SQLAlchemy's Custom Vertical Partitioning."""
+
+    def routing(self, leader: sa.Engine, replica: sa.Engine) -> type[Session]:
+        class Routing(Session):
+            def get_bind(self, mapper: Any = None, *, clause: Any = None, **_: Any) -> sa.Engine:
+                if mapper is not None:
+                    assert issubclass(mapper.class_, object)  # of a mapper, not of a class
+                if self._flushing or isinstance(clause, sa.Update | sa.Delete):
+                    return leader
+                return replica
+
+        return Routing
+
+    async def test_publishing_and_acknowledging_go_where_writes_go(
+        self, engine: sa.Engine, settings: Settings, log: Log
+    ) -> None:
+        # Refuses what writes, as a replica does.
+        read_only = {"options": "-c default_transaction_read_only=on"}
+        replica = sa.create_engine(engine.url, poolclass=NullPool, connect_args=read_only)
+        maker = sessionmaker(class_=self.routing(engine, replica))
+        async with PostgresLayer(settings) as layer:
+            install(maker, layer)
+            with maker() as session:
+                session.add(order())
+                publish(session, "room", {"n": 1})
+                session.commit()
+                publish(session, "room", {"n": 2})
+                session.commit()
+            async with layer.follow("room", name="billing", after="0") as batches:
+                batch = await anext(aiter(batches))
+                with maker.begin() as session:
+                    await batch.ack(session)
+            (follower,) = await layer.followers()
+        assert follower.position == batch[-1].position
+        assert log.read() == [1, 2]
+
+    async def test_of_async_sessions(
+        self, async_engine: AsyncEngine, settings: Settings, log: Log
+    ) -> None:
+        read_only = {"server_settings": {"default_transaction_read_only": "on"}}
+        replica = create_async_engine(async_engine.url, poolclass=NullPool, connect_args=read_only)
+        maker = async_sessionmaker(
+            sync_session_class=self.routing(async_engine.sync_engine, replica.sync_engine)
+        )
+        async with PostgresLayer(settings) as layer:
+            install(maker, layer)
+            async with maker() as session:
+                session.add(order())
+                publish(session, "room", {"n": 1})
+                await session.commit()
+            async with layer.follow("room", name="billing", after="0") as batches:
+                batch = await anext(aiter(batches))
+                async with maker.begin() as session:
+                    await batch.ack(session)
+            (follower,) = await layer.followers()
+        assert follower.position == batch[-1].position
+        assert log.read() == [1]
+
+
 class TestOrder:
     """Of two transactions that change the same row, the one that had to wait comes second."""
 

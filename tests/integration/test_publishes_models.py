@@ -470,7 +470,9 @@ class TestUpdates:
         assert first["new"] == {"name": "b", "version": 2, "edited": "yes"}
         assert second == {"was": 1}
 
-    @pytest.mark.parametrize("state", ["loaded", "expired", "deferred"])
+    @pytest.mark.parametrize(
+        "state", ["loaded", "expired", "deferred", "set to what it is", "merged"]
+    )
     def test_what_an_update_fills_in_of_whatever_object(
         self, engine: sa.Engine, make: sessionmaker[Session], log: Log, base: Any, state: str
     ) -> None:
@@ -503,6 +505,14 @@ class TestUpdates:
             elif state == "deferred":
                 session.expunge_all()
                 thing = session.scalars(sa.select(Thing).options(orm.load_only(Thing.name))).one()
+            elif state == "set to what it is":
+                for name in ("version", "count", "same", "edited"):
+                    setattr(thing, name, getattr(thing, name))
+            elif state == "merged":
+                session.refresh(thing)
+                session.expunge(thing)
+                # Sets each attribute of the object in the session.
+                thing = session.merge(thing)
             thing.name = "b"
             session.commit()
         assert log.messages() == [
