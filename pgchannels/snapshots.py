@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from pgchannels.errors import DatabaseError, DatabaseUnavailable
 from pgchannels.messages import Position
+from pgchannels.sql import in_schema
 
 if TYPE_CHECKING:
     from pgchannels.settings import Settings
@@ -33,6 +34,7 @@ _IDLE_TIME = 5
 # Conflicts with a pruner, and publishers that are faster than the sequencer.
 _ATTEMPTS = 20
 _SERIALIZATION_FAILURE = "40001"
+_NO_TRANSACTION = "25P01"
 
 
 class Snapshots:
@@ -51,6 +53,7 @@ class Snapshots:
         self._session = session
         self._sealed = sealed
         self._lock = asyncio.Lock()
+        self._lock_table = in_schema("pgchannels.sequencer_lock", settings.schema_name)
 
     async def take(self, adopt: Callable[[str], Awaitable[None]]) -> Position:
         """Export a snapshot, call *adopt* with its name, and return the position that fits.
@@ -84,9 +87,13 @@ class Snapshots:
         session = self._session
         while (await session.seal())[0] >= self._settings.batch_size:
             pass
-        # Before the transaction, whose snapshot must show what the previous holder has committed.
-        await session.fetch("hold_sequencer", f"{_IDLE_TIME}s")
-        await session.execute("begin isolation level repeatable read")
+        # The lock before the snapshot, which must show what the previous holder has committed: none
+        # of these statements takes one. A session that is left waiting is ended by the server.
+        await session.execute(
+            "begin isolation level repeatable read;"
+            f" set local idle_in_transaction_session_timeout = '{_IDLE_TIME}s';"
+            f" lock table {self._lock_table} in share update exclusive mode"
+        )
         ((sealed, head),) = await session.fetch("seal_here", _MAX_MESSAGES)
         if sealed == _MAX_MESSAGES:
             position = None  # and perhaps more was to be seen
@@ -94,12 +101,17 @@ class Snapshots:
             ((snapshot, epoch),) = await session.fetch("export_snapshot")
             await adopt(snapshot)
             position = Position(epoch, head)
-        # The reader has adopted it: it outlives the transaction that it was exported from.
-        await session.execute("commit")
-        ((was_held, *_),) = await session.fetch("let_sequencer_go")
-        if not was_held:
-            # This is another connection than the one that has sealed, so nothing was committed.
-            raise DatabaseUnavailable("the connection was lost that a snapshot was made on")
+        # The reader has adopted it: it outlives the transaction that it was exported from. The
+        # savepoint is refused outside of a transaction, and so on another connection than the one
+        # that has sealed. Then nothing was committed.
+        try:
+            await session.execute("savepoint sealed; commit")
+        except DatabaseError as error:
+            if error.sqlstate != _NO_TRANSACTION:
+                raise
+            raise DatabaseUnavailable(
+                "the connection was lost that a snapshot was made on"
+            ) from error
         if sealed:
             self._sealed(head)
             await session.notify(self._settings.schema_name, str(head))

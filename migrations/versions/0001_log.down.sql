@@ -5,6 +5,7 @@ drop function pgchannels.requeue_stragglers();
 drop procedure pgchannels.seal_and_notify(integer, text, integer, bigint);
 drop function pgchannels.seal(integer);
 drop function pgchannels.add_partitions(bigint);
+drop function pgchannels.lock_sequencer();
 drop function pgchannels.publish(text, json, interval);
 drop table pgchannels.leases;
 drop table pgchannels.nodes;
@@ -12,6 +13,7 @@ drop table pgchannels.memberships;
 drop table pgchannels.channels;
 drop view pgchannels.bounds;
 drop table pgchannels.log;
+drop table pgchannels.sequencer_lock;
 drop table pgchannels.batches;
 drop table pgchannels.messages;
 do $$

@@ -102,6 +102,16 @@ create table pgchannels.batches (
 
 create index batches_sealed_at on pgchannels.batches (sealed_at);
 
+-- Its lock is the sequencer's. An advisory lock could be taken by any role that may connect, and kept;
+-- this one takes a right that only nodes have.
+create table pgchannels.sequencer_lock (
+    nothing boolean not null,
+    constraint sequencer_lock_pkey primary key (nothing),
+    constraint sequencer_lock_is_empty check (false)
+);
+
+comment on table pgchannels.sequencer_lock is 'always empty: locked by the one that writes to the log';
+
 -- One row: what is true of the log as a whole.
 create table pgchannels.log (
     singleton boolean not null default true,
@@ -198,6 +208,21 @@ begin
 end
 $$;
 
+-- Become the only one that writes to the log, until the transaction ends. Others wait their turn, in
+-- the order in which they came. This mode conflicts with itself, and not with pg_dump.
+--
+-- In REPEATABLE READ the lock must come before the transaction's snapshot, or the snapshot may lack
+-- what the previous holder has committed. A call of this function takes a snapshot; LOCK TABLE as the
+-- first statement takes none.
+create function pgchannels.lock_sequencer() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    lock table pgchannels.sequencer_lock in share update exclusive mode;
+end
+$$;
+
 -- Make partitions until ids up to "through" have one. Built aside and attached, because ATTACH
 -- takes SHARE UPDATE EXCLUSIVE on the parent, where CREATE ... PARTITION OF would shut out readers
 -- (manual, ALTER TABLE, ATTACH PARTITION).
@@ -248,8 +273,8 @@ begin
         raise exception 'seal() needs READ COMMITTED, not %', upper(current_setting('transaction_isolation'))
             using errcode = 'invalid_transaction_state';
     end if;
-    -- "pgch" and the schema: one sequencer at a time; the next one takes what has gathered.
-    perform pg_advisory_xact_lock(1885823848, hashtext('pgchannels.'));
+    -- One sequencer at a time; the next one takes what has gathered.
+    perform pgchannels.lock_sequencer();
     -- An id that a reader has seen must outlive a crash, or another message would get it.
     if current_setting('synchronous_commit') = 'off' then
         perform set_config('synchronous_commit', 'local', true);

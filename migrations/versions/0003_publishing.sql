@@ -573,9 +573,9 @@ begin
     if current_setting('transaction_isolation') = 'repeatable read' then
         -- Good only if the previous holder of the lock had committed before this snapshot.
         if not exists (select from pg_locks l
-                        where l.locktype = 'advisory' and l.pid = pg_backend_pid() and l.granted
-                          and l.classid = 1885823848
-                          and l.objid::bigint = hashtext('pgchannels.') & 4294967295) then
+                        where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.granted
+                          and l.relation = 'pgchannels.sequencer_lock'::regclass
+                          and l.mode = 'ShareUpdateExclusiveLock') then
             raise exception 'seal() in REPEATABLE READ needs its lock to be held before the transaction begins'
                 using errcode = 'invalid_transaction_state';
         end if;
@@ -583,8 +583,8 @@ begin
         raise exception 'seal() needs READ COMMITTED, not %', upper(current_setting('transaction_isolation'))
             using errcode = 'invalid_transaction_state';
     end if;
-    -- "pgch" and the schema: one sequencer at a time; the next one takes what has gathered.
-    perform pg_advisory_xact_lock(1885823848, hashtext('pgchannels.'));
+    -- One sequencer at a time; the next one takes what has gathered.
+    perform pgchannels.lock_sequencer();
     -- An id that a reader has seen must outlive a crash, or another message would get it.
     if current_setting('synchronous_commit') = 'off' then
         perform set_config('synchronous_commit', 'local', true);

@@ -735,21 +735,12 @@ with forgotten as (
 )
 select count(*) from forgotten;
 
--- name: hold_sequencer
--- From here on nothing is sealed but by this session, which the server ends if it is left waiting.
-select set_config('idle_session_timeout', $1, false), set_config('idle_in_transaction_session_timeout', $1, false),
-       pg_advisory_lock(1885823848, hashtext('pgchannels.'));
-
 -- name: seal_here
 -- In a REPEATABLE READ transaction: what its snapshot shows is in the log then, and nothing else.
 select s.sealed, s.head from pgchannels.seal($1) s;
 
 -- name: export_snapshot
 select pg_export_snapshot() as snapshot, b.epoch from pgchannels.bounds b;
-
--- name: let_sequencer_go
-select pg_advisory_unlock(1885823848, hashtext('pgchannels.')),
-       set_config('idle_session_timeout', '0', false), set_config('idle_in_transaction_session_timeout', '0', false);
 
 -- name: grant_access
 select pgchannels.grant_access($1, $2);

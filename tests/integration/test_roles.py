@@ -432,6 +432,31 @@ def test_who_has_no_access_has_none(database_url: str, role: str) -> None:
         refused(connection, "select pgchannels.publish('a', '{}')")
 
 
+@pytest.mark.parametrize("kind", [None, "publisher"])
+def test_delivery_waits_for_no_lock_that_others_than_nodes_can_take(
+    database_url: str, role: str, kind: str | None
+) -> None:
+    if kind:
+        grant(database_url, kind, role)
+    with psycopg.connect(database_url, row_factory=scalar_row) as sealer:
+        sealer.execute("select pgchannels.publish('room', '{}')")
+        assert sealer.execute("select sealed from pgchannels.seal()").fetchone() == 1
+        held = "from pg_locks where pid = pg_backend_pid() and locktype"
+        # Advisory locks are everybody's.
+        assert sealer.execute(f"select count(*) {held} = 'advisory'").fetchone() == 0
+        tables = sealer.execute(
+            f"select distinct relation::regclass::text {held} = 'relation'"
+            " and relation in (select oid from pg_class where relkind in ('r', 'p')"
+            " and relnamespace = 'pgchannels'::regnamespace)"
+        ).fetchall()
+    assert {"pgchannels.sequencer_lock", "pgchannels.outbox", "pgchannels.messages"} <= set(tables)
+    with psycopg.connect(as_role(database_url, role), autocommit=True) as stranger:
+        for table in tables:
+            for mode in ("access share", "share update exclusive", "access exclusive"):
+                with pytest.raises(InsufficientPrivilege), stranger.transaction():
+                    stranger.execute(f"lock table {table} in {mode} mode".encode())
+
+
 def test_who_may_watch_a_table(database_url: str, role: str, publisher: str) -> None:
     """With the grants of the documentation: an owner all, with the right TRIGGER a first watch."""
     page = Path(__file__).parents[2] / "docs" / "publishing.md"

@@ -330,8 +330,8 @@ async def test_two_at_once_take_turns(connect: Connect, first_one: str) -> None:
     pid = two.get_server_pid()
     await eventually(
         lambda: writer.fetchval(
-            "select count(*) from pg_locks where pid = $1 and locktype = 'advisory'"
-            " and not granted",
+            "select count(*) from pg_locks where pid = $1 and not granted"
+            " and relation = 'pgchannels.sequencer_lock'::regclass",
             pid,
         )
     )
