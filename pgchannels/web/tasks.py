@@ -20,10 +20,15 @@ class SocketTasks:
 
     By anyio's task group, because Starlette cancels by anyio's scopes, which repeat themselves
     until they are obeyed: asyncio's own ways of waiting for a cancelled task do not stand it.
+
+    ``spawn()`` and ``end()`` may also be called by callbacks of the loop (``call_later()``,
+    ``add_done_callback()``), in which there is no current task.
     """
 
     def __init__(self) -> None:
         self._group: TaskGroup | None = None
+        self._to_start: list[Coroutine[Any, Any, object]] = []
+        self._starter: asyncio.Task[None] | None = None
         self._first: int | Exception | None = None
         self._host: asyncio.Task[Any] | None = None
         self._cancelling = 0
@@ -64,6 +69,8 @@ class SocketTasks:
                     self.end(NORMAL)
         finally:
             self._group = None
+            for coroutine in self._to_start:
+                coroutine.close()
             if self._first is None:
                 self._first = INTERNAL_ERROR  # the block was cancelled, from far outside
         if isinstance(self._first, Exception):
@@ -89,14 +96,30 @@ class SocketTasks:
         if self._group is None:
             coroutine.close()
             raise RuntimeError("tasks run while their socket is served, from connect() on")
-        self._group.start_soon(self._until_end, coroutine)
+        if asyncio.current_task() is not None:
+            self._group.start_soon(self._until_end, coroutine)
+            return
+        # Anyio asks in which library it runs, and where sniffio is installed, the answer in a
+        # callback is: in none. In a task of our own it is asyncio.
+        self._to_start.append(coroutine)
+        if self._starter is None:
+            self._starter = asyncio.get_running_loop().create_task(self._start_all())
 
     def end(self, end: int | Exception) -> None:
         """End everything, with a close code or an error; only the first one counts."""
         if self._first is None:
             self._first = end
         if self._group is not None:
+            # As anyio's own timeouts do it, from a callback too: it needs no current task.
             self._group.cancel_scope.cancel()
+
+    async def _start_all(self) -> None:
+        """Start the tasks that callbacks have asked for. It waits for nothing."""
+        self._starter = None
+        if self._group is not None:
+            for coroutine in self._to_start:
+                self._group.start_soon(self._until_end, coroutine)
+            self._to_start.clear()
 
     async def _until_end(self, running: Awaitable[object]) -> None:
         try:

@@ -210,6 +210,9 @@ class Wire:
         """Look after the client, and again when there may be something to see."""
         self._watch_no_more()
         verdict, again = self._liveness.check(self._loop.time())
+        # First: should what follows fail, it is looked at again.
+        if again < inf and self._tasks.ended is None:
+            self._timer = self._loop.call_at(again, self._watch)
         match verdict:
             case Verdict.PING if self.state is ConnectionState.OPEN:
                 self._tasks.spawn(self.send_json({"type": "ping"}))
@@ -219,8 +222,6 @@ class Wire:
                 self.close_soon(TRY_AGAIN_LATER, "nothing is taken of what is sent")
             case Verdict.EXPIRED:
                 self._tasks.end(TokenExpired())
-        if again < inf and self._tasks.ended is None:
-            self._timer = self._loop.call_at(again, self._watch)
 
     def _watch_no_more(self) -> None:
         if self._timer is not None:
