@@ -67,7 +67,11 @@ create table pgchannels.outbox (
     vacuum_truncate = false
 );
 
-create index outbox_order on pgchannels.outbox (xid, id);
+-- Unique, so that it can be the replica identity: without one, a publication FOR ALL TABLES would refuse
+-- the deletes of each batch.
+create unique index outbox_order on pgchannels.outbox (xid, id);
+
+alter table pgchannels.outbox replica identity using index outbox_order;
 
 comment on table pgchannels.outbox is 'published, not yet in the log; emptied by seal()';
 
