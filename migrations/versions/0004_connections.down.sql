@@ -9,10 +9,11 @@ drop function pgchannels.take(text[], bigint[], bigint[], double precision[], do
 drop function pgchannels.join_groups(text[], text[], text[], integer[], interval, uuid);
 drop function pgchannels.admit(uuid, text[], text[], text[], integer[], integer[], integer[]);
 -- restore pgchannels.remove_channels
+drop function pgchannels.add_places(uuid, integer);
+drop table pgchannels.places;
 drop table pgchannels.rates;
 drop table pgchannels.revocations;
 alter table pgchannels.outbox drop constraint outbox_commands_are_nodes;
-alter table pgchannels.nodes drop column connections;
 drop index pgchannels.channels_user;
 drop index pgchannels.channels_connections;
 alter table pgchannels.channels drop column is_connection;

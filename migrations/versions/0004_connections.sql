@@ -28,9 +28,42 @@ create index channels_connections on pgchannels.channels (name collate "C") wher
 -- Digests, for the id of a user may be longer than an entry of an index can be.
 create index channels_user on pgchannels.channels (md5(user_id), name collate "C") where is_connection;
 
-alter table pgchannels.nodes add column connections integer not null default 0;
+-- How many rows of channels are connections of a node; changed in the transaction that changes those,
+-- with the node's row locked. A node without a row has none.
+--
+-- Here and in rates, a row is updated in place a limited number of times ("changes"). The update after
+-- those moves "version", and with it the row's place in the index, behind all that it was before. A
+-- snapshot that is held for hours keeps all those versions of the row; a look at the newest, by the
+-- index from its end, passes by a limited number of them.
+create table pgchannels.places (
+    node uuid not null,
+    version integer not null default 0,
+    connections integer not null,
+    changes smallint not null default 0,
+    constraint places_pkey primary key (node, version),
+    constraint places_node_fkey foreign key (node) references pgchannels.nodes on delete cascade
+) with (fillfactor = 50);
 
-comment on column pgchannels.nodes.connections is 'how many rows of channels are connections of this node; changed in the transaction that changes those';
+comment on table pgchannels.places is 'how many connections each node has; one row a node';
+
+-- The node's row is locked, so no other transaction changes its places.
+create function pgchannels.add_places(of_node uuid, number integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    update pgchannels.places p
+       set connections = p.connections + number,
+           version = p.version + case when p.changes = 200 then 1 else 0 end,
+           changes = case when p.changes = 200 then 0 else p.changes + 1 end
+     where p.node = of_node
+       and p.version >= (select v.version from pgchannels.places v
+                          where v.node = of_node order by v.version desc limit 1);
+    if not found then
+        insert into pgchannels.places (node, connections) values (of_node, number);
+    end if;
+end
+$$;
 
 -- What is in the log is taken for a node's word where it tells nodes what to do: a publisher, which
 -- may insert any channel's name, must not give commands. Looked at where the name is this one only.
@@ -56,6 +89,8 @@ comment on table pgchannels.revocations is 'whose tokens are no good, of those t
 -- for due_at, which moves by steps.
 create unlogged table pgchannels.rates (
     key text collate "C" not null,
+    version integer not null default 0,
+    changes smallint not null default 0,
     -- a bucket: what was in it at that time
     tokens double precision,
     at timestamptz,
@@ -63,7 +98,7 @@ create unlogged table pgchannels.rates (
     ends_at timestamptz,
     taken bigint,
     due_at timestamptz not null,
-    constraint rates_pkey primary key (key)
+    constraint rates_pkey primary key (key, version)
 ) with (fillfactor = 50);
 
 create index rates_due_at on pgchannels.rates (due_at);
@@ -111,13 +146,19 @@ begin
       where n.id = me
          or n.id in (select c.node from pgchannels.channels c where c.name = any (names) and c.is_connection)
       order by n.id for no key update;
-    select n.connections, n.dead_since is null into here, is_alive from pgchannels.nodes n where n.id = me;
+    select n.dead_since is null,
+           coalesce((select p.connections from pgchannels.places p
+                      where p.node = me order by p.version desc limit 1), 0)
+      into is_alive, here from pgchannels.nodes n where n.id = me;
     if not coalesce(is_alive, false) then
         return query select n.name, 'lost', null::integer from unnest(names) n(name);
         return;
     end if;
     if array_remove(total, null) <> '{}' then
-        select sum(n.connections) into everywhere from pgchannels.nodes n;
+        select coalesce(sum(p.connections), 0) into everywhere
+          from pgchannels.nodes n
+         cross join lateral (select p.connections from pgchannels.places p
+                              where p.node = n.id order by p.version desc limit 1) p;
     end if;
 
     for r in
@@ -164,15 +205,15 @@ begin
     end loop;
 
     if has_moved then
-        update pgchannels.nodes n set connections = n.connections - m.count
-          from (select c.node, count(*) as count
-                  from unnest(names, admitted) a(name, is_admitted)
-                  join pgchannels.channels c on c.name = a.name
-                 where a.is_admitted and c.is_connection and c.node <> me group by c.node) m
-         where n.id = m.node;
+        perform pgchannels.add_places(n.id, -m.count::integer)
+           from (select c.node, count(*) as count
+                   from unnest(names, admitted) a(name, is_admitted)
+                   join pgchannels.channels c on c.name = a.name
+                  where a.is_admitted and c.is_connection and c.node <> me group by c.node) m
+           join pgchannels.nodes n on n.id = m.node;
     end if;
     if added > 0 then
-        update pgchannels.nodes n set connections = n.connections + added where n.id = me;
+        perform pgchannels.add_places(me, added);
     end if;
     insert into pgchannels.channels as c (name, node, user_id, metadata, cursor, is_received, is_connection)
     select a.name, me, a.user_id, a.metadata::json, b.head, false, true
@@ -252,6 +293,7 @@ as $$
 declare
     groups text[];
     members text[];
+    r record;
 begin
     perform pgchannels.lock_presence(array(
         select distinct m.group_name from pgchannels.memberships m
@@ -261,15 +303,19 @@ begin
       where n.id in (select c.node from pgchannels.channels c where c.name = any (names) and c.is_connection)
       order by n.id for no key update;
     -- Then the channels: whoever is adding one to a group has committed then, or will find it gone.
-    with gone as (
-        delete from pgchannels.channels c
-         where c.name in (select d.name from pgchannels.channels d where d.name = any (names)
-                           order by d.name for update)
-        returning c.node, c.is_connection
-    )
-    update pgchannels.nodes n set connections = n.connections - g.count
-      from (select g.node, count(*) as count from gone g where g.is_connection group by g.node) g
-     where n.id = g.node;
+    for r in
+        with gone as (
+            delete from pgchannels.channels c
+             where c.name in (select d.name from pgchannels.channels d where d.name = any (names)
+                               order by d.name for update)
+            returning c.node, c.is_connection
+        )
+        select n.id, count(*) as count
+          from gone g join pgchannels.nodes n on n.id = g.node
+         where g.is_connection group by n.id
+    loop
+        perform pgchannels.add_places(r.id, -r.count::integer);
+    end loop;
     select array_agg(m.group_name), array_agg(m.channel) into groups, members
       from pgchannels.memberships m where m.channel = any (names) and m.left_at is null;
     if groups is null then
@@ -301,10 +347,27 @@ declare
     r record;
 begin
     while place <= cardinality(keys) loop
+        -- As "left join", because "not exists" would lose the order and the limit.
         insert into pgchannels.rates (key, due_at)
-        select k.key, 'infinity' from (select distinct unnest(keys[place:]) collate "C" as key) k order by k.key
-        on conflict (key) do nothing;
-        for r in select t.* from pgchannels.rates t where t.key = any (keys[place:]) order by t.key for update
+        select k.key, 'infinity' from (select distinct unnest(keys[place:]) collate "C" as key order by key) k
+          left join lateral (select t.key from pgchannels.rates t
+                              where t.key = k.key order by t.version desc limit 1) t on true
+         where t.key is null
+         order by k.key
+        on conflict (key, version) do nothing;
+        if found then
+            -- Where another transaction has made the row and moved its version since we looked.
+            delete from pgchannels.rates t
+             where t.key = any (keys[place:]) and t.version = 0
+               and exists (select from pgchannels.rates n where n.key = t.key and n.version > 0);
+        end if;
+        -- A row that another transaction changes meanwhile is waited for, and taken as that has left it,
+        -- whatever its version is then.
+        for r in
+            select t.* from (select distinct unnest(keys[place:]) collate "C" as key order by key) k
+             cross join lateral (select t.* from pgchannels.rates t
+                                  where t.key = k.key order by t.version desc limit 1 for update) t
+             order by k.key
         loop
             -- One that has been pruned in between is made again.
             exit when keys[place] <> r.key;
@@ -342,9 +405,11 @@ begin
                 place := place + 1;
             end loop;
             update pgchannels.rates t
-               set tokens = r.tokens, at = r.at, ends_at = r.ends_at, taken = r.taken,
+               set version = r.version + case when r.changes = 200 then 1 else 0 end,
+                   changes = case when r.changes = 200 then 0 else r.changes + 1 end,
+                   tokens = r.tokens, at = r.at, ends_at = r.ends_at, taken = r.taken,
                    due_at = to_timestamp((ceil((extract(epoch from moment)::double precision + due) / 60) + 1) * 60)
-             where t.key = r.key;
+             where t.key = r.key and t.version = r.version;
         end loop;
     end loop;
 end

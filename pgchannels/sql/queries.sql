@@ -578,7 +578,10 @@ select c.name, c.node, n.info ->> 'host' as host, c.user_id, c.metadata, c.creat
  order by c.name collate "C" limit $2;
 
 -- name: count_connections
-select coalesce(sum(n.connections), 0) as count from pgchannels.nodes n;
+select coalesce(sum(p.connections), 0) as count
+  from pgchannels.nodes n
+ cross join lateral (select p.connections from pgchannels.places p
+                      where p.node = n.id order by p.version desc limit 1) p;
 
 -- name: count_connections_of_user
 select count(*) from pgchannels.channels c
@@ -632,9 +635,9 @@ select t.allowed, t.remaining, t.retry_after
 -- Not one that somebody takes from now.
 with deleted as (
     delete from pgchannels.rates t
-     using (select d.key from pgchannels.rates d
+     using (select d.key, d.version from pgchannels.rates d
              where d.due_at <= clock_timestamp() order by d.due_at limit $1 for update skip locked) d
-     where t.key = d.key
+     where t.key = d.key and t.version = d.version
     returning 1
 )
 select count(*) from deleted;

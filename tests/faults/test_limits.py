@@ -188,10 +188,11 @@ class Places:
         """What the nodes count is what there is."""
         rows = await self._connection.fetch(
             """
-            select n.connections, count(c.name) as count
+            select coalesce(p.connections, 0) as connections, count(c.name) as count
               from pgchannels.nodes n
+              left join pgchannels.places p on p.node = n.id
               left join pgchannels.channels c on c.node = n.id and c.is_connection
-             group by n.id
+             group by n.id, p.version, p.connections
             """
         )
         assert all(row["connections"] == row["count"] for row in rows), rows

@@ -56,8 +56,14 @@ def rows(connection: Connection, sql: str, *arguments: Any) -> list[dict[str, An
 
 
 def counted(connection: Connection) -> dict[UUID, int]:
-    """What the nodes' rows say."""
-    found = rows(connection, "select id, connections from pgchannels.nodes")
+    """The connections of each node, as the database has counted them."""
+    found = rows(
+        connection,
+        """
+        select n.id, coalesce(p.connections, 0) as connections
+          from pgchannels.nodes n left join pgchannels.places p on p.node = n.id
+        """,
+    )
     return {row["id"]: row["connections"] for row in found}
 
 
