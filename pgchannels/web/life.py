@@ -19,7 +19,7 @@ from pgchannels.errors import PGChannelsError
 from pgchannels.web.codes import ABNORMAL, INTERNAL_ERROR, SENDABLE, SERVICE_RESTART
 from pgchannels.web.errors import Problem, SocketError, describe
 from pgchannels.web.liveness import Heartbeat
-from pgchannels.web.wire import Wire
+from pgchannels.web.wire import SocketClosed, Wire
 
 __all__ = ["Life", "Refused", "Unserved"]
 
@@ -120,17 +120,9 @@ class Life(Wire):
     def _ended_by(self, error: Exception) -> tuple[int, Exception | None]:
         """What to close the socket with because of *error*, and what is then to be raised."""
         is_early = self.websocket.application_state is WebSocketState.CONNECTING
-        error = _the_one(error)
-        if isinstance(error, WebSocketDisconnect):
-            self._gone = self._gone or error.code
-            return self._gone, None
-        if isinstance(error, StopAsyncIteration) and self._gone is not None:
-            return self._gone, None  # of anext(), which nobody has caught
-        if self._asked_to_close is not None and all(
-            isinstance(each, RuntimeError) for each in _leaves(error)
-        ):
-            # Once it has been closed, sending to it fails as it should.
-            return self._asked_to_close, None
+        if all(self._is_end(each) for each in _leaves(error)):
+            return self._note_end(error), None
+        error = self._the_one(error)
         if isinstance(error, WebSocketException):
             self._part(error.reason, None)
             return (error.code if error.code in SENDABLE else INTERNAL_ERROR), None
@@ -147,6 +139,33 @@ class Life(Wire):
         if self._asked_to_close is not None:
             return self._asked_to_close, self._failed_by
         return problem.ws_code, self._failed_by
+
+    def _is_end(self, error: Exception) -> bool:
+        """Whether *error* says no more than that this socket has ended, and not another one."""
+        if isinstance(error, SocketClosed):
+            return error.wire is self  # once it has been closed, sending to it fails as it should
+        # StopAsyncIteration is that of anext(), which nobody has caught.
+        return isinstance(error, WebSocketDisconnect | StopAsyncIteration) and self._is_gone
+
+    def _note_end(self, error: Exception) -> int:
+        """Note that the socket has ended, and by which code."""
+        if self._asked_to_close is not None:
+            return self._gone or self._asked_to_close
+        if self._gone is None:
+            found = next(_leaves(error))
+            self._gone = found.code if isinstance(found, WebSocketDisconnect) else ABNORMAL
+        return self._gone
+
+    def _the_one(self, error: Exception) -> Exception:
+        """What a group of exceptions comes down to, if that is one that has a meaning here.
+
+        Where several tasks serve a socket, the end of the client may reach each of them.
+        """
+        if not isinstance(error, ExceptionGroup):
+            return error
+        others = [each for each in _leaves(error) if not self._is_end(each)]
+        known = (PGChannelsError, WebSocketException, HTTPException)
+        return others[0] if len(others) == 1 and isinstance(others[0], known) else error
 
     async def _finish(self, code: int, *, closes: bool) -> None:
         try:
@@ -171,7 +190,7 @@ class Life(Wire):
 
     async def _tell_or_raise(self, error: Exception) -> Problem:
         self._tasks.forget_cancellation()
-        error = _the_one(error)
+        error = self._the_one(error)
         problem = describe(error)
         # Before it is accepted, there is a better answer than a socket that is then closed.
         is_early = self.websocket.application_state is WebSocketState.CONNECTING
@@ -186,20 +205,6 @@ class Life(Wire):
         Of one that nobody expected, the client gets the id under which the log has it.
         """
         await self._send_error(self._note(error))
-
-
-def _the_one(error: Exception) -> Exception:
-    """What a group of exceptions comes down to, if that is one that has a meaning here.
-
-    Where several tasks serve a socket, the end of the client may reach each of them.
-    """
-    if not isinstance(error, ExceptionGroup):
-        return error
-    leaves = list(_leaves(error))
-    others = [each for each in leaves if not isinstance(each, WebSocketDisconnect)]
-    known = (PGChannelsError, WebSocketDisconnect, WebSocketException, HTTPException)
-    found = others[0] if others else leaves[0]
-    return found if len(others) <= 1 and isinstance(found, known) else error
 
 
 def _leaves(error: Exception) -> Iterator[Exception]:

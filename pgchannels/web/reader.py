@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pgchannels.channels import check_channel
+from pgchannels.errors import ChannelLayerClosed, InvalidChannel
 from pgchannels.messages import Position
 from pgchannels.web.errors import AuthorizationError, TooManyChannels
 from pgchannels.web.life import Life
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from pgchannels.web.connections import ConnectionManager
 
 __all__ = ["Reader"]
+
+logger = logging.getLogger("pgchannels.web")
 
 
 class Reader(Life):
@@ -80,9 +84,16 @@ class Reader(Life):
         """
         position = Position.parse(after) if after else None
         before = datetime.now(UTC)
-        await self.layer.update_channel(
-            self.channel_name, user_id=user_id, metadata=metadata, limits=self.connections.limits
-        )
+        limits = self.connections.limits
+        try:
+            await self.layer.update_channel(
+                self.channel_name, user_id=user_id, metadata=metadata, limits=limits
+            )
+        except InvalidChannel:
+            if not self._has_ended_for_others:
+                raise
+            logger.debug("%r has ended, and is identified no more", self)
+            return
         self.user_id, self.metadata = user_id, metadata
         self._identified_at = before
         if position is not None:
@@ -153,8 +164,15 @@ class Reader(Life):
         """Ask before *group* is joined, and again if the answer may have changed meanwhile."""
         asked = self._reauthorizations
         await self._check_allowed("subscribe", group)
-        with self._counting(group):
-            yield
+        try:
+            with self._counting(group):
+                yield
+        except ChannelLayerClosed:
+            if not self._has_ended_for_others:
+                raise
+            # Told to whoever has asked, it would be taken for the end of the socket that is theirs.
+            logger.debug("%r has ended, and joins nothing", self)
+            return
         if self._reauthorizations == asked:
             return
         try:
@@ -162,6 +180,11 @@ class Reader(Life):
         except BaseException:
             await self.group_discard(group)
             raise
+
+    @property
+    def _has_ended_for_others(self) -> bool:
+        """Whether the socket has ended, and the running code serves another one, or none."""
+        return self._tasks.ended is not None and not self._tasks.is_current
 
     @contextmanager
     def _counting(self, group: str) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
@@ -13,6 +14,9 @@ from anyio.abc import TaskGroup
 from pgchannels.web.codes import INTERNAL_ERROR, NORMAL
 
 __all__ = ["SocketTasks"]
+
+# The tasks that the running code is one of: the block, a task beside it, or one that these started.
+_current: ContextVar[SocketTasks | None] = ContextVar("pgchannels_socket_tasks", default=None)
 
 
 class SocketTasks:
@@ -43,6 +47,11 @@ class SocketTasks:
         """The code that came first; 1011 if it was an error."""
         return self._first if isinstance(self._first, int) else INTERNAL_ERROR
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the running code is the block, or one of these tasks."""
+        return _current.get() is self
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Tasks may be spawned in this block. It ends at the first end: its own, or a task's.
@@ -52,6 +61,8 @@ class SocketTasks:
         """
         self._host = asyncio.current_task()
         self._cancelling = 0 if self._host is None else self._host.cancelling()
+        around = _current.get()
+        _current.set(self)
         try:
             async with anyio.create_task_group() as group:
                 self._group = group
@@ -69,6 +80,7 @@ class SocketTasks:
                     self.end(NORMAL)
         finally:
             self._group = None
+            _current.set(around)
             for coroutine in self._to_start:
                 coroutine.close()
             if self._first is None:
@@ -122,6 +134,7 @@ class SocketTasks:
             self._to_start.clear()
 
     async def _until_end(self, running: Awaitable[object]) -> None:
+        _current.set(self)  # whoever has spawned it
         try:
             await running
         except asyncio.CancelledError as error:

@@ -51,6 +51,18 @@ class ConnectionState(Enum):
     CLOSED = "closed"
 
 
+class SocketClosed(RuntimeError):
+    """A frame was sent to a socket after :meth:`Wire.close`, by the code that serves it.
+
+    Attributes:
+        wire: the socket.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        super().__init__(f"{wire!r} has been closed, and sends nothing any more")
+
+
 class Wire:
     """One socket of Starlette's.
 
@@ -113,10 +125,13 @@ class Wire:
                 await self.websocket.accept(subprotocol, headers)
             except OSError:
                 # As Starlette has it of sends, but for this one.
+                self._gone = self._gone or ABNORMAL
                 raise WebSocketDisconnect(ABNORMAL) from None
 
     async def close(self, code: int = NORMAL, reason: str | None = None) -> None:
         """Close the socket. Before it was accepted, this refuses it with HTTP 403.
+
+        Does nothing if it is closed, by either side.
 
         Args:
             code: 1000 to 4999, but those that may not be sent, as 1005 and 1006.
@@ -129,7 +144,12 @@ class Wire:
             raise ValueError(f"{code} cannot be sent as a close code")
         if self.websocket.application_state is not WebSocketState.DISCONNECTED:
             self._asked_to_close = code
-            await self.websocket.close(code, cut(reason or ""))
+            try:
+                await self.websocket.close(code, cut(reason or ""))
+            except (WebSocketDisconnect, RuntimeError):
+                if self.websocket.application_state is not WebSocketState.DISCONNECTED:
+                    raise
+                logger.debug("the client was gone before the socket could be closed")
 
     def close_soon(self, code: int, reason: str = "", farewell: object = None) -> None:
         """Close the socket soon, from outside of its tasks. At once; never raises.
@@ -144,11 +164,16 @@ class Wire:
             self._tasks.end(code if code in SENDABLE else INTERNAL_ERROR)
 
     async def send_text(self, text: str) -> None:
-        """Send a text frame, past the log."""
+        """Send a text frame, past the log.
+
+        Raises:
+            WebSocketDisconnect: the client is gone. This ends the block that serves the socket. For
+                code that does not serve it, sending to a socket that has ended does nothing.
+        """
         await self._send("text", text)
 
     async def send_bytes(self, data: bytes) -> None:
-        """Send a binary frame, past the log."""
+        """Send a binary frame, past the log. Raises as :meth:`send_text`."""
         await self._send("bytes", data)
 
     async def send_json(self, content: Any) -> None:
@@ -176,10 +201,44 @@ class Wire:
         try:
             # As send_text() and send_bytes() of Starlette's do it, one call less on a hot path.
             await self.websocket.send({"type": "websocket.send", kind: data})
+        except (WebSocketDisconnect, RuntimeError) as error:
+            self._not_sent(error)
+            return
         finally:
             liveness.sent(time())
         self.messages_out += 1
         self.bytes_out += size_of(data)
+
+    def _not_sent(self, error: WebSocketDisconnect | RuntimeError) -> None:
+        """Note that the socket takes nothing any more. Raises for the code that serves it."""
+        state = self.websocket.application_state
+        if isinstance(error, RuntimeError):
+            # Starlette refuses what comes after a close. A server that has given up on the client
+            # and not said so yet refuses it by itself.
+            is_over = state is WebSocketState.DISCONNECTED or type(error) is RuntimeError
+            if not is_over or state is WebSocketState.CONNECTING:
+                raise error
+        if self._asked_to_close is None:
+            self._gone = self._gone or ABNORMAL
+        if not self._tasks.is_current:
+            logger.debug("%r has ended, and is sent nothing", self)
+        elif self._asked_to_close is not None:
+            raise SocketClosed(self) from error
+        else:
+            raise WebSocketDisconnect(self._gone or ABNORMAL) from error
+
+    @property
+    def _is_gone(self) -> bool:
+        """Whether the client of this socket is known to be gone, by whatever has been tried."""
+        # Also by what an application has received or sent past this, by Starlette's own socket.
+        return (
+            self._gone is not None
+            or self.websocket.client_state is WebSocketState.DISCONNECTED
+            or (
+                self.websocket.application_state is WebSocketState.DISCONNECTED
+                and self._asked_to_close is None
+            )
+        )
 
     async def _next_frame(self) -> Frame:
         """What the client sends. Ends as an iterator does when it is gone."""

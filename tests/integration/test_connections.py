@@ -675,6 +675,19 @@ class TestWhatTheBlockRaises:
         assert connections.statistics().errors == {"internal_error": 1}
         assert len(errors()) == 2
 
+    @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, RecursionError])
+    async def test_a_bug_after_it_was_closed_that_looks_like_sending(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]], error: type[Exception]
+    ) -> None:
+        async def serve_one(connection: Connection) -> None:
+            await connection.close(4000)
+            raise error("bug")
+
+        connections = ConnectionManager(memory)
+        assert await self.ended_by(connections, serve_one) == 4000
+        assert connections.statistics().errors == {"internal_error": 1}
+        assert len(errors()) == 2
+
     async def test_sending_after_it_was_closed(
         self, memory: MemoryLayer, errors: Callable[[], list[str]]
     ) -> None:
@@ -710,6 +723,93 @@ class TestWhatTheBlockRaises:
             raise SocketError(context={"what": object()}, disconnect=True)
 
         assert await self.ended_by(ConnectionManager(memory), serve_one) == 1011
+
+
+class TestAnotherSocketHasEnded:
+    """What a socket meets at another one is not its own end."""
+
+    @asynccontextmanager
+    async def leaving(
+        self, connections: ConnectionManager, with_bob: Callable[[Connection], Awaitable[None]]
+    ) -> AsyncIterator[ClientConnection]:
+        """Ada's socket. Whatever she sends, *with_bob* is done; he has left and is still there."""
+        go_on = asyncio.Event()
+
+        class Chat(JsonConsumer):
+            async def connect(self, who: str) -> None:
+                await self.identify(who)
+
+            async def receive_json(self, content: Any) -> None:
+                (bob,) = connections.get_user_connections("bob")
+                await with_bob(bob)
+                await self.send_json({"got": content})
+
+            async def disconnect(self, code: int) -> None:
+                if self.user_id == "bob":
+                    await go_on.wait()
+
+        app = FastAPI()
+        app.add_api_websocket_route("/ws", Chat.as_endpoint(connections))
+        async with serve(app) as served, Address(served)("who=ada") as ada:
+            async with Address(served)("who=bob") as bob:
+                await eventually(lambda: connections.get_user_connections("bob"))
+                bob.transport.abort()
+            (found,) = connections.get_user_connections("bob")
+            await eventually(lambda: found.state is ConnectionState.CLOSED)
+            try:
+                yield ada
+            finally:
+                go_on.set()
+        await gone(connections)
+
+    async def send(self, bob: Connection) -> None:
+        await bob.send_json("hello")
+        await bob.send_bytes(b"hello")
+        await bob.tell(SocketError("not so"))
+
+    async def join(self, bob: Connection) -> None:
+        await bob.join("room")
+        await bob.group_add("room")
+        await bob.leave("room")
+        await bob.group_discard("room")
+
+    async def close(self, bob: Connection) -> None:
+        await bob.close(4000)
+        bob.close_soon(4000)
+
+    @pytest.mark.parametrize("what", ["send", "join", "close"])
+    async def test_does_nothing(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]], what: str
+    ) -> None:
+        connections = ConnectionManager(memory)
+        async with self.leaving(connections, getattr(self, what)) as ada:
+            for n in range(2):
+                assert await ask(ada, n) == {"got": n}
+        assert errors() == []
+        assert connections.statistics().errors.get("unavailable") is None
+        assert await memory.group_members("room") == []
+
+    async def test_its_exceptions_are_no_sign_of_ones_own_end(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        """Past the connection, Starlette's own socket still raises them."""
+
+        async def starlettes(bob: Connection) -> None:
+            await bob.websocket.send_text("hello")
+
+        connections = ConnectionManager(memory)
+        async with self.leaving(connections, starlettes) as ada:
+            assert (await ask(ada, 1))["code"] == "internal_error"
+            assert await closed(ada) == 1011
+        assert len(errors()) == 1
+
+    async def test_a_departure_in_a_group_with_ones_own_error(self, memory: MemoryLayer) -> None:
+        async def serve_one(connection: Connection) -> None:
+            raise ExceptionGroup("", [WebSocketDisconnect(1001), AuthorizationError()])
+
+        connections = ConnectionManager(memory)
+        async with serving(connections, serve_one) as address, address() as socket:
+            assert await closed(socket) == 1011
 
 
 class TestBeforeTheBlock:
