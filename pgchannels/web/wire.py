@@ -147,7 +147,8 @@ class Wire:
             try:
                 await self.websocket.close(code, cut(reason or ""))
             except (WebSocketDisconnect, RuntimeError):
-                if self.websocket.application_state is not WebSocketState.DISCONNECTED:
+                state: object = self.websocket.application_state  # mypy takes it for unchanged
+                if state is not WebSocketState.DISCONNECTED:
                     raise
                 logger.debug("the client was gone before the socket could be closed")
 
