@@ -198,7 +198,8 @@ class Demo:
             listener.bind((HOST, wanted))
         except OSError as error:
             listener.bind((HOST, 0))
-            self._say(f"Port {wanted} cannot be used ({error.strerror}), so another one is")
+            chosen = listener.getsockname()[1]
+            self._say(f"Port {wanted} cannot be used ({error.strerror}); using {chosen} instead")
         port: int = listener.getsockname()[1]
         return port
 

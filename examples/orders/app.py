@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import asyncpg
-from fastapi import Depends, FastAPI, Query
+from fastapi import Depends, FastAPI, Header, HTTPException, Query
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import select, text
@@ -26,11 +27,14 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from pgchannels import PostgresLayer
 from pgchannels.orm import install, publish
-from pgchannels.web import JsonConsumer, channels_router
+from pgchannels.web import ConnectionManager, JsonConsumer, Origins, channels_router
+from pgchannels.web import lifespan as connections_lifespan
 
 # Which node this is, and where all of them are.
 NAME = os.environ.get("DEMO_NODE", "node 1")
 URLS = os.environ.get("DEMO_URLS", "http://127.0.0.1:8000").split()
+# The pages of all nodes: one that a node has served goes on with another one when that is killed.
+ORIGINS = [*URLS, *(url.replace("127.0.0.1", "localhost") for url in URLS)]
 PAGE = Path(__file__).parent / "page"
 
 # --- The database: SQLAlchemy as always, and one line for pgchannels ----------
@@ -41,6 +45,7 @@ connect = partial(asyncpg.connect, layer.settings.dsn)
 engine = create_async_engine("postgresql+asyncpg://", async_creator=connect)
 sessions = async_sessionmaker(engine, expire_on_commit=False)
 install(sessions, layer)  # from here on, publish() works on these sessions
+connections = ConnectionManager(layer, origins=Origins(*ORIGINS))
 
 
 class Base(DeclarativeBase):
@@ -55,13 +60,13 @@ class Order(Base):
 
 
 @asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
     async with engine.begin() as connection:
         # Nodes may start at the same time: the second one waits here, and then finds the table.
         await connection.execute(text("select pg_advisory_xact_lock(hashtext('demo_orders'))"))
         await connection.run_sync(Base.metadata.create_all)
-    async with layer:
-        yield
+    async with connections_lifespan(connections)(app) as state:
+        yield state
     await engine.dispose()
 
 
@@ -71,6 +76,15 @@ async def get_session() -> AsyncIterator[AsyncSession]:
 
 
 app = FastAPI(title="pgchannels demo", lifespan=lifespan)
+
+
+def from_our_page(origin: Annotated[str | None, Header()] = None) -> None:
+    """Refuse the pages of other sites: nobody logs in here, so a browser would act for them."""
+    if origin is not None and origin not in ORIGINS:
+        raise HTTPException(403, f"requests from {origin} are not allowed")
+
+
+FromOurPage = Depends(from_our_page)
 
 # --- Orders: publish in the transaction that the message tells about ----------
 
@@ -94,7 +108,7 @@ async def add_order(session: AsyncSession, item: str) -> Order:
     return order
 
 
-@app.post("/orders", status_code=201, response_model=PlacedOrder)
+@app.post("/orders", status_code=201, response_model=PlacedOrder, dependencies=[FromOurPage])
 async def place_order(
     new: NewOrder, session: Annotated[AsyncSession, Depends(get_session)]
 ) -> Order:
@@ -107,7 +121,7 @@ class PaymentDeclined(Exception):
     """What may go wrong after an order has been written, and before it is committed."""
 
 
-@app.post("/orders/rolled-back")
+@app.post("/orders/rolled-back", dependencies=[FromOurPage])
 async def place_order_and_fail(new: NewOrder) -> PlacedOrder:
     """The same, but something goes wrong: the order is rolled back, and its message with it."""
     try:
@@ -172,7 +186,7 @@ class Live(JsonConsumer):
         return page.messages[0].id if page.messages else 0
 
 
-app.add_api_websocket_route("/live", Live.as_endpoint(layer))
+app.add_api_websocket_route("/live", Live.as_endpoint(connections))
 
 # --- History: GET /channels/{channel}/messages --------------------------------
 
@@ -185,13 +199,14 @@ app.include_router(channels_router(layer, authorize=may_read), prefix="/channels
 
 # --- For the demo only --------------------------------------------------------
 
-# A page that one node served goes on with another one, when its own has been killed.
 app.add_middleware(
     CORSMiddleware,
-    allow_origins=[*URLS, *(url.replace("127.0.0.1", "localhost") for url in URLS)],
+    allow_origins=ORIGINS,
     allow_methods=["GET", "POST"],
     allow_headers=["Content-Type"],
 )
+# By no other name: one that leads here would make another site's page one of ours (DNS rebinding).
+app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
 
 
 @app.get("/node")
@@ -199,10 +214,22 @@ async def node() -> dict[str, Any]:
     return {"name": NAME, "pid": os.getpid(), "urls": URLS}
 
 
-@app.post("/node/kill", status_code=204)
+@app.post("/node/kill", status_code=204, dependencies=[FromOurPage])
 async def kill() -> None:
     """No farewell, nothing flushed: as if the power had failed."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+SOCKETS = [url.replace("http", "ws", 1) for url in ORIGINS]
+# Whatever somebody might smuggle into the page: it is not run, not shown, not sent anywhere.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    f"connect-src 'self' {' '.join([*ORIGINS, *SOCKETS])}; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
 @app.get("/", include_in_schema=False)
@@ -210,4 +237,4 @@ async def kill() -> None:
 async def page(
     file: Literal["page.html", "client.js", "style.css"] = "page.html",
 ) -> FileResponse:
-    return FileResponse(PAGE / file, headers={"Cache-Control": "no-cache"})
+    return FileResponse(PAGE / file, headers=HEADERS)

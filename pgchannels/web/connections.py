@@ -391,9 +391,7 @@ class ConnectionManager:
         try:
             from pgchannels.web.metrics import metrics_router
         except ModuleNotFoundError as error:
-            raise ConfigurationError(
-                "metrics need prometheus_client: pip install 'pgchannels[metrics]'"
-            ) from error
+            raise ConfigurationError(str(error)) from error
 
         return metrics_router(self, **options)
 

@@ -14,15 +14,18 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 
 from pgchannels.errors import PGChannelsError
+from pgchannels.extras import needs_extra
 from pgchannels.web.codes import OURS
 from pgchannels.web.health import is_listening
 from pgchannels.web.status import check_guarded
+
+with needs_extra("metrics"):
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.exposition import choose_encoder
+    from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from pgchannels.layer import ChannelLayer

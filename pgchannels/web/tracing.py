@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from opentelemetry import trace
-from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 from starlette.websockets import WebSocketDisconnect
 
+from pgchannels.extras import needs_extra
 from pgchannels.telemetry import context_of, span_context_of
 from pgchannels.web.middleware import Middleware
+
+with needs_extra("otel"):
+    from opentelemetry import trace
+    from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 
 if TYPE_CHECKING:
     from pgchannels.messages import Message

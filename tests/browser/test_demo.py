@@ -59,6 +59,7 @@ def test_a_tab_whose_node_is_killed_goes_on_with_the_other_and_misses_nothing(
     with a.its_clock_stopped():  # so that it cannot reconnect before it has missed something
         a.page.click("#kill")
         a.page.wait_for_selector("#state[data-state=connecting]")
+        b.page.locator("#nodes li[data-here=away]", has_text="node 1").wait_for()
         orders += [order(demo.urls[1]) for _ in range(5)]
         b.shows_orders(orders)
         assert a.orders() == orders[:4]
@@ -72,6 +73,8 @@ def test_a_tab_whose_node_is_killed_goes_on_with_the_other_and_misses_nothing(
 
     # And again, the other way round: node 1 has come back.
     demo.says("node 1 is back")
+    for tab in (a, b):
+        tab.page.locator("#nodes li", has_text="node 1").get_by_role("link").wait_for()
     b.page.click("#kill")
     b.is_live("node 1")
     orders.append(order(demo.urls[0]))
@@ -179,6 +182,15 @@ def test_the_comparison_is_no_mere_claim(demo: RunningDemo, open_tab: OpenTab) -
     assert a.number("missing") == 1
     assert "#2" in a.page.inner_text("#check")
     b.has_checked(4)
+
+
+def test_its_page_runs_and_sends_nothing_that_was_smuggled_in(
+    demo: RunningDemo, open_tab: OpenTab
+) -> None:
+    page = open_tab(demo.urls[0]).page
+    answer = page.request.get(demo.urls[0])
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
 
 
 def test_it_fits_and_can_be_read(demo: RunningDemo, open_tab: OpenTab) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
 import psutil
@@ -111,6 +112,46 @@ def test_a_killed_node_comes_back_on_its_port(processes: Processes, options: lis
     assert demo.signal(signal.SIGINT) == 0
 
 
+def test_pages_of_other_sites_can_neither_read_nor_write_nor_kill(
+    processes: Processes, options: list[str]
+) -> None:
+    demo = running_demo(processes, *options)
+    url = demo.urls[0]
+    authority = url.removeprefix("http://")
+    evil = {"Origin": "https://evil.example"}
+    rebound = {"Host": "evil.example"}
+    for path in ("/orders", "/orders/rolled-back", "/node/kill"):
+        body = b'{"item": "Tea"}'
+        for headers, status in ((evil, 403), (rebound, 400)):
+            assert answered(authority, "POST", path, headers, body) == status
+    assert answered(authority, "GET", "/orders", rebound) == 400
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    assert answered(authority, "GET", "/live", upgrade | evil) == 403
+    assert answered(authority, "GET", "/live", upgrade | rebound) in (400, 403)
+    for origin in (*demo.urls, url.replace("127.0.0.1", "localhost")):
+        own = {"Origin": origin}
+        assert answered(authority, "GET", "/live", upgrade | own) == 101
+        assert answered(authority, "POST", "/orders", own, b'{"item": "Tea"}') == 201
+    assert demo.signal(signal.SIGINT) == 0
+
+
+def answered(
+    authority: str, method: str, path: str, headers: dict[str, str], body: bytes | None = None
+) -> int:
+    """The status of the answer."""
+    connection = HTTPConnection(authority, timeout=10)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json", **headers})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
 def test_nodes_do_not_outlive_a_killed_supervisor_and_it_starts_again(
     processes: Processes, options: list[str], server: EmbeddedPostgres
 ) -> None:
@@ -156,7 +197,8 @@ def test_another_port_is_taken_if_the_one_asked_for_is_in_use(
         port = taken.getsockname()[1]
         data = str(directory / "data")
         demo = running_demo(processes, "--data-dir", data, "--port", str(port))
-        demo.says(f"Port {port} cannot be used")
+        other = demo.urls[0].rpartition(":")[2]
+        demo.says(f"Port {port} cannot be used (Address already in use); using {other} instead")
         assert f"http://127.0.0.1:{port}" not in demo.urls
         assert len(set(demo.urls)) == 2
         assert demo.signal(signal.SIGINT) == 0

@@ -23,6 +23,7 @@ const counts = { received: 0, recovered: 0, repeats: 0, disordered: 0, skipped: 
 
 let nodes = []; // where all servers are
 let node = ""; // the one that this page talks to
+const away = new Set(); // those that do not answer
 let socket = null; // open, or null
 let newest = null; // ids up to which this socket brings what was missed; null when it has
 
@@ -31,6 +32,7 @@ let newest = null; // ids up to which this socket brings what was missed; null w
 async function run() {
   nodes = (await get(`${location.origin}/node`)).urls;
   node = nodes.find((url) => new URL(url).port === location.port) ?? nodes[0];
+  watchTheOthers();
   let attempt = 0;
   let lostAt = null;
   for (;;) {
@@ -43,6 +45,7 @@ async function run() {
       }
     } catch (error) {
       if (!(error instanceof Unreachable)) throw error;
+      away.add(node);
     }
     node = nodes[(nodes.indexOf(node) + 1) % nodes.length];
     setState("connecting", `Connecting to ${short(node)} …`);
@@ -53,6 +56,23 @@ async function run() {
 }
 
 class Unreachable extends Error {}
+
+// Whether the servers that this page is not connected to are there.
+async function watchTheOthers() {
+  for (;;) {
+    for (const url of nodes.filter((url) => url !== node)) {
+      try {
+        await get(`${url}/node`);
+        away.delete(url);
+      } catch (error) {
+        if (!(error instanceof Unreachable)) throw error;
+        away.add(url);
+      }
+    }
+    showNodes();
+    await sleep(1500);
+  }
+}
 
 async function loadHistory() {
   // In this order: whatever is not in the table yet must come by a message.
@@ -89,7 +109,10 @@ function follow(open, lostAt) {
     };
     open.onclose = () => {
       const served = socket !== null;
-      if (served) event(`Lost the connection to ${short(node)}.`);
+      if (served) {
+        event(`Lost the connection to ${short(node)}.`);
+        away.add(node);
+      }
       socket = newest = null;
       resolve(served);
     };
@@ -100,6 +123,7 @@ function follow(open, lostAt) {
     newest = message.newest;
     const after = lostAt === null ? "" : `, ${seconds(performance.now() - lostAt)} later`;
     event(`Connected to ${message.node}, process ${message.pid}${after}.`);
+    away.delete(node);
     setState("live", `Connected to ${message.node}`);
     catchUp();
   }
@@ -321,17 +345,23 @@ function setState(state, text) {
   $("state").textContent = text;
   for (const id of ["place", "fail", "kill"]) $(id).disabled = state !== "live";
   document.title = state === "live" ? `${short(node)} · pgchannels demo` : "pgchannels demo";
+  showNodes();
+}
+
+function showNodes() {
+  const { state } = $("state").dataset;
   $("nodes").replaceChildren(
     ...nodes.map((url) => {
       const here = url === node;
       const link = element("a", { href: url, target: "_blank", rel: "noopener" }, "open in a new tab");
-      const note = here ? (state === "live" ? "this page is here" : "trying …") : link;
+      const isAway = !here && away.has(url);
+      const note = here ? (state === "live" ? "this page is here" : "trying …") : isAway ? "away" : link;
       const item = element("li", {}, [
         element("b", {}, short(url)),
         element("span", {}, new URL(url).host),
         element("small", {}, [note]),
       ]);
-      item.dataset.here = here ? state : "";
+      item.dataset.here = here ? state : isAway ? "away" : "";
       return item;
     }),
   );
