@@ -31,7 +31,11 @@ class BytesConsumer(WebSocketConsumer):
     async def forward(self, message: Message) -> None:
         """There is a message for the client that no method handles. Sends its envelope."""
         frame = unwrapped(message)
-        await self._send_frame(message.envelope.encode() if frame is None else frame)
+        if frame is None:
+            frame = message.envelope.encode()
+            if self._counts_untold:
+                self._untold.sent(message)
+        await self._send_frame(frame)
 
     async def __anext__(self) -> bytes:
         """What the client sends."""

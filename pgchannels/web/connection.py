@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import anyio
 import anyio.lowlevel
@@ -21,7 +21,7 @@ from pgchannels.errors import (
     UnknownPosition,
 )
 from pgchannels.web.auth import Identity
-from pgchannels.web.codes import ABNORMAL
+from pgchannels.web.codes import ABNORMAL, NORMAL, SENDABLE
 from pgchannels.web.errors import (
     AuthenticationError,
     AuthenticationTimeout,
@@ -30,6 +30,7 @@ from pgchannels.web.errors import (
     FrameTooLarge,
     Problem,
     SocketError,
+    describe,
 )
 from pgchannels.web.frames import unwrapped
 from pgchannels.web.incoming import ANSWERED
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 __all__ = ["Connection"]
 
 logger = logging.getLogger("pgchannels.web")
+
+# Seconds after which a client is told the position of what it was not sent.
+POSITION_DELAY = 5.0
 
 
 class Connection(Reader):
@@ -70,14 +74,21 @@ class Connection(Reader):
         messages_in, bytes_in, messages_out, bytes_out: what went through, frames of either kind.
     """
 
+    _is_selective: ClassVar[bool] = False
+    """Whether a subclass may not send a message that there is for the client."""
+
     def __init__(self, websocket: WebSocket, connections: ConnectionManager) -> None:
         super().__init__(websocket, connections)
+        self._forwarding: asyncio.Task[Any] | None = None
         self._subprotocol: str | None = None
         self._headers: Iterable[tuple[bytes, bytes]] | None = None
         self._accepted = False  # by us, with this subprotocol
         self._revocations = 0
         # Whether what is being received is parsed, and answered, here.
         self._answers = False
+        # Whether messages can get by the client, and a task that tells it of them.
+        self._counts_untold = False
+        self._telling = False
 
     # What it is
 
@@ -148,6 +159,27 @@ class Connection(Reader):
         For a consumer's ``__init__()``.
         """
         self._subprotocol, self._headers = subprotocol, headers
+
+    async def close(self, code: int = NORMAL, reason: str | None = None) -> None:
+        """Close the socket. Before it was accepted, this refuses it with HTTP 403.
+
+        The client is told before how far it has come, also if a consumer's method closes the socket
+        because of the message that it handles: it can resume after that one.
+
+        Args:
+            code: 1000 to 4999, but those that may not be sent, as 1005 and 1006.
+            reason: up to 123 bytes; what is more is cut off.
+
+        Raises:
+            ValueError: the code may not be sent.
+        """
+        is_open = self.websocket.application_state is WebSocketState.CONNECTED
+        if self._counts_untold and is_open and code in SENDABLE:
+            if asyncio.current_task() is self._forwarding:
+                self._untold.done()
+            with suppress(WebSocketDisconnect):  # closing finds that out, too
+                await self._tell_positions()
+        await super().close(code, reason)
 
     # Its token
 
@@ -325,7 +357,11 @@ class Connection(Reader):
         :meth:`~pgchannels.ChannelLayer.send_json_message`.
         """
         frame = unwrapped(message)
-        await self._send_frame(message.envelope if frame is None else frame)
+        if frame is None:
+            frame = message.envelope
+            if self._counts_untold:
+                self._untold.sent(message)
+        await self._send_frame(frame)
 
     async def truncated(self) -> None:
         """Messages that were to be replayed have been removed by retention. Tells the client so.
@@ -349,6 +385,8 @@ class Connection(Reader):
         stream, chain = self._stream, self.connections.middleware
         if chain is not None and not chain.sees_outbound:
             chain = None
+        self._forwarding = asyncio.current_task()
+        self._counts_untold = chain is not None or self._is_selective
         while True:
             messages = await stream.shared_batch()
             if stream.truncated:
@@ -360,7 +398,39 @@ class Connection(Reader):
                 if chain is None:
                     await self._deliver(message)
                 else:
-                    await self._deliver_through(chain, message)
+                    await self._account_for(message, self._deliver_through(chain, message))
+
+    async def _account_for(self, message: Message, doing: Awaitable[None]) -> None:
+        """Do what may not send *message*, and have the client told its position in that case.
+
+        Also after an error that comes again with each attempt: otherwise, the client would be sent
+        away by this message each time that it resumes.
+        """
+        self._untold.begin(message)
+        try:
+            await doing
+        except Exception as error:
+            if isinstance(error, WebSocketDisconnect) or describe(error).retry_after is not None:
+                self._untold.again()
+            elif self._untold.done():
+                error.add_note(f"The message was {message.position} of {message.channel!r}.")
+            raise
+        except BaseException:
+            self._untold.again()
+            raise
+        self._untold.done()
+        if self._untold and not self._telling and self._tasks.ended is None:
+            self._telling = True
+            self._tasks.spawn(self._tell_positions_soon())
+
+    async def _tell_positions_soon(self) -> None:
+        await asyncio.sleep(POSITION_DELAY)
+        self._telling = False
+        await self._tell_positions()
+
+    async def _tell_positions(self) -> None:
+        for channel, position in self._untold.take().items():
+            await self.send_json({"type": "position", "channel": channel, "position": position})
 
     async def _deliver_through(self, chain: Chain, message: Message) -> None:
         passed = None

@@ -89,6 +89,7 @@ class WebSocketConsumer(Connection):
         namespace = defining_namespace()
         cls._events = find_events(cls, namespace, cls._events.by_type.values())
         cls._forwards_itself = is_overridden(cls, "forward")
+        cls._is_selective = cls._forwards_itself or bool(cls._events.by_type)
         cls._receivers = find_receivers(cls, namespace, cls._receivers.values())
         if cls._receivers and not cls._receives_types:
             names = ", ".join(handler.name for handler in cls._receivers.values())
@@ -196,10 +197,12 @@ class WebSocketConsumer(Connection):
     async def _deliver(self, message: Message) -> None:
         handler = self._events.find(message)
         # Other sockets have the same message. A subclass gets one that it may change.
-        if handler is None or FRAME in message.headers:
-            await self.forward(message.own() if self._forwards_itself else message)
+        if handler is not None and FRAME not in message.headers:
+            await self._account_for(message, self._handle(message.own(), handler))
+        elif self._forwards_itself:
+            await self._account_for(message, self.forward(message.own()))
         else:
-            await self._handle(message.own(), handler)
+            await self.forward(message)
 
     async def _handle(self, message: Message, handler: Handler) -> None:
         try:

@@ -13,6 +13,7 @@ from pgchannels.errors import ChannelLayerClosed, InvalidChannel
 from pgchannels.messages import Position
 from pgchannels.web.errors import AuthorizationError, TooManyChannels
 from pgchannels.web.life import Life
+from pgchannels.web.untold import Untold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +48,7 @@ class Reader(Life):
         self.user_id: str | None = None
         self.metadata: Mapping[str, Any] | None = None
         self._stream: Stream
+        self._untold = Untold()
         # The channels that are being joined; one several times, if several do.
         self._joining: list[str] = []
         # How often the channels have been asked about again.
@@ -98,6 +100,7 @@ class Reader(Life):
         self._identified_at = before
         if position is not None:
             await self._stream.resume(position)
+            self._resumed()
 
     async def join(self, group: str, after: Position | str | None = None) -> None:
         """Forward the messages of *group*, without being a member of it.
@@ -115,6 +118,8 @@ class Reader(Life):
         """
         async with self._allowed_to_read(group):
             await self._stream.join(group, after or None)
+            if after:
+                self._resumed(group)
 
     async def leave(self, group: str) -> None:
         """Forward no more of *group*. A membership stays.
@@ -123,6 +128,7 @@ class Reader(Life):
             InvalidChannel: it may come from the client, who is told.
         """
         self._stream.leave(check_channel(group))
+        self._untold.forget(group)
 
     async def group_add(
         self,
@@ -146,6 +152,8 @@ class Reader(Life):
             known = self._stream.reads(group)
             # First, so that nothing that is sent to members can fall in between.
             await self._stream.join_group(group, after or None)
+            if after:
+                self._resumed(group)
             try:
                 await self.layer.group_add(group, self.channel_name, presence=presence, limit=limit)
             except BaseException:
@@ -158,6 +166,11 @@ class Reader(Life):
         # First: where the database is away, it is not read on.
         await self.leave(group)
         await self.layer.group_discard(group, self.channel_name)
+
+    def _resumed(self, channel: str | None = None) -> None:
+        """The client has given a position, of *channel* or of all that it reads without joining."""
+        self._untold.wanted = True
+        self._untold.forget(channel)
 
     @asynccontextmanager
     async def _allowed_to_read(self, group: str) -> AsyncIterator[None]:

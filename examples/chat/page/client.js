@@ -75,8 +75,10 @@ function follow(open) {
     open.onmessage = ({ data }) => {
       heard();
       const message = JSON.parse(data);
-      if ("channel" in message) return receive(message);
+      if ("data" in message) return receive(message);
       switch (message.type) {
+        case "position":
+          return passed(message);
         case "welcome":
           end.welcomed = true;
           return welcome(open, message);
@@ -155,6 +157,13 @@ function receive(message) {
     const other = data.from === name ? data.to : data.from;
     take(privately, conversation("@", other), message);
   }
+}
+
+// The server has kept some messages to itself. They are not to come again.
+function passed({ channel, position }) {
+  if (channel.startsWith("presence:")) return;
+  const read = channel.startsWith("room:") ? conversations.get(`#${channel.slice(5)}`) : privately;
+  if (read) read.position = position;
 }
 
 // *read* says how far that channel has been read.

@@ -4,6 +4,8 @@
 // 2. It keeps the last position of each channel. When its socket is lost, it connects to another
 //    server and resumes after them. Any server will do: they all read one log.
 // 3. It drops what it has had already, by id. A repeat is rare, and harmless.
+// 4. Frames with a type are the server's own. One of them tells the position after messages that
+//    the server has kept to itself.
 //
 // And it does not just claim so: check() compares the board with the table of orders.
 
@@ -105,7 +107,8 @@ function follow(open, lostAt) {
       if (message.type === "welcome") welcome(message);
       else if (message.type === "truncated") startOver("Some of what was missed is no longer retained");
       else if (message.type === "error") refused(message);
-      else receive(message);
+      else if (message.type === "position") channels[message.channel].position = message.position;
+      else if (message.type === undefined) receive(message);
     };
     open.onclose = () => {
       const served = socket !== null;

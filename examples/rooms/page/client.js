@@ -87,8 +87,10 @@ let current = null; // also while it is not open yet
 
 function received(from, room, message) {
   if (from !== current) return;
-  if ("channel" in message) return show(room, message);
+  if ("data" in message) return show(room, message);
   switch (message.type) {
+    case "position": // after messages that the server has kept to itself
+      return positions.set(room, message.position);
     case "welcome":
       socket = from;
       setState("live", `In ${room}, as ${message.user}`);
