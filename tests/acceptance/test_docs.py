@@ -213,6 +213,7 @@ def test_the_room_is_closed_by_a_message(room: dict[str, Any]) -> None:
     ):
         ada.receive_json()
         client.post("/close").raise_for_status()
+        assert ada.receive_json()["type"] == "position"
         closed = ada.receive()
     assert (closed["code"], closed["reason"]) == (4000, "the room is closed")
 
