@@ -8,8 +8,8 @@ source must not decide in its place.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import orjson
 
@@ -85,7 +85,7 @@ class TokenSource(Protocol):
 class HeaderToken:
     """``Authorization: Bearer <token>``. Other schemes are not tokens."""
 
-    ambient: ClassVar[bool] = False
+    ambient: bool = field(default=False, init=False, repr=False)
 
     def find(self, connection: HTTPConnection) -> str | None:
         values = connection.headers.getlist("authorization")
@@ -105,7 +105,7 @@ class CookieToken:
 
     name: str = "token"
 
-    ambient: ClassVar[bool] = True
+    ambient: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_name(self.name, "a cookie")
@@ -132,7 +132,7 @@ class SubprotocolToken:
 
     name: str = "bearer"
 
-    ambient: ClassVar[bool] = False
+    ambient: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_name(self.name, "a subprotocol")
@@ -167,7 +167,7 @@ class QueryToken:
 
     name: str = "token"
 
-    ambient: ClassVar[bool] = False
+    ambient: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -188,7 +188,7 @@ class FirstMessageToken:
 
     deadline: float = 10.0
 
-    ambient: ClassVar[bool] = False
+    ambient: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.deadline < float("inf"):
