@@ -169,15 +169,24 @@ def grant(
     role: Annotated[str, typer.Argument(metavar="ROLE", help="One that exists.")],
     database_url: DatabaseUrl = None,
     schema: Schema = None,
+    to_users: Annotated[
+        bool,
+        typer.Option(
+            "--to-users",
+            help="A publisher that may also publish to users, and to several connections at once.",
+        ),
+    ] = False,
 ) -> None:
     """Give a role of the database access to the schema. Safe to run again."""
+    if to_users and access is not Access.PUBLISHER:
+        raise ConfigurationError(f"--to-users is for a publisher; a {access} may do so in any case")
     settings = _settings(database_url=database_url, schema_name=schema)
     needed = "Only the schema's owner may grant"
     if access is Access.MAINTAINER:
         needed = "Only who has ADMIN OPTION on the schema's owner, or a superuser, may"
     with _refusals_explained(settings, needed):
         migrate.check(settings)
-        asyncio.run(_grant(settings, access, role))
+        asyncio.run(_grant(settings, access, role, to_users=to_users))
     typer.echo(f"role {role!r} is a {access} on schema {settings.schema_name!r}")
 
 
@@ -331,10 +340,10 @@ async def _role(settings: Settings) -> str:
     return role
 
 
-async def _grant(settings: Settings, access: Access, role: str) -> None:
+async def _grant(settings: Settings, access: Access, role: str, *, to_users: bool) -> None:
     session = Session(settings, "grant")
     try:
-        await session.fetch("grant_access", access.value, role)
+        await session.fetch("grant_access", access.value, role, to_users)
     finally:
         await session.close()
 

@@ -17,20 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import orjson
 
+from pgchannels.addresses import connections_address, group_address, user_address
 from pgchannels.channels import (
     COMMANDS,
-    DIRECT,
     EVERYONE,
     check_channel,
     check_user,
     presence_channel,
-    user_channel,
 )
 from pgchannels.control import COMMAND_LIFETIME, REVOKED, Command, CommandWatch, check_token_id
 from pgchannels.envelopes import Envelope, websocket_bytes_message, websocket_json_message
 from pgchannels.errors import (
     ConfigurationError,
-    InvalidChannel,
     InvalidMessage,
     UnknownPosition,
 )
@@ -41,7 +39,6 @@ from pgchannels.messages import (
     BEGINNING,
     EXCEPT,
     FRAME,
-    ONLY,
     OWN_HEADERS,
     Message,
     Position,
@@ -72,7 +69,6 @@ if TYPE_CHECKING:
 __all__ = ["MAX_HISTORY", "ChannelLayer", "outgoing"]
 
 MAX_HISTORY = 1000
-MAX_RECIPIENTS = 1000
 MAX_KEY_LENGTH = 200
 MAX_HEADERS_SIZE = 8192
 MAX_METADATA_SIZE = 8192
@@ -195,11 +191,9 @@ class ChannelLayer(ABC):
             exclude: the channel of a member that does not get it: the sender, say. Who reads the
                 group without being a member, and its history, still do.
         """
-        extra = {} if exclude is None else {EXCEPT: check_channel(exclude)}
+        channel, extra = group_address(group, exclude)
         return await self._publish(
-            self._outgoing(
-                check_channel(group), payload, ttl=ttl, headers=headers, key=key, extra=extra
-            )
+            self._outgoing(channel, payload, ttl=ttl, headers=headers, key=key, extra=extra)
         )
 
     async def send_to(
@@ -219,14 +213,9 @@ class ChannelLayer(ABC):
         Args:
             channels: 1 to 1000 names.
         """
-        if isinstance(channels, str):
-            raise InvalidChannel(channels, "send_to() takes several channels, as a list")
-        names = sorted({check_channel(channel) for channel in channels})
-        if not 1 <= len(names) <= MAX_RECIPIENTS:
-            raise InvalidMessage(f"it takes 1 to {MAX_RECIPIENTS} channels, not {len(names)}")
-        extra = {ONLY: orjson.dumps(names).decode()}
+        channel, extra = connections_address(channels)
         return await self._publish(
-            self._outgoing(DIRECT, payload, ttl=ttl, headers=headers, key=key, extra=extra)
+            self._outgoing(channel, payload, ttl=ttl, headers=headers, key=key, extra=extra)
         )
 
     async def send_to_user(
@@ -234,28 +223,34 @@ class ChannelLayer(ABC):
         user_id: str,
         payload: Any,
         *,
+        exclude: str | None = None,
         ttl: float | timedelta | None = None,
         headers: Mapping[str, str] | None = None,
         key: str | None = None,
     ) -> Receipt:
         """Publish one stored message to all connections of a user, on all nodes. As :meth:`send`.
 
-        Connections are a user's by ``new_channel(user_id=…)`` or ``update_channel()``.
+        Connections are a user's by ``new_channel(user_id=…)`` or ``update_channel()``. The one
+        whose channel is *exclude* does not get it.
         """
+        channel, extra = user_address(user_id, exclude)
         return await self._publish(
-            self._outgoing(user_channel(user_id), payload, ttl=ttl, headers=headers, key=key)
+            self._outgoing(channel, payload, ttl=ttl, headers=headers, key=key, extra=extra)
         )
 
     async def broadcast(
         self,
         payload: Any,
         *,
+        exclude: str | None = None,
         ttl: float | timedelta | None = None,
         headers: Mapping[str, str] | None = None,
         key: str | None = None,
     ) -> Receipt:
-        """Publish one stored message to every connection. As :meth:`send` to ``EVERYONE``."""
-        return await self.send(EVERYONE, payload, ttl=ttl, headers=headers, key=key)
+        """Publish one stored message to every connection. As :meth:`group_send` to ``EVERYONE``."""
+        return await self.group_send(
+            EVERYONE, payload, exclude=exclude, ttl=ttl, headers=headers, key=key
+        )
 
     async def send_ephemeral(
         self, channel: str, payload: Any, *, exclude: str | None = None

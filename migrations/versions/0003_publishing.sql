@@ -34,7 +34,7 @@ begin
     if starts_with(channel, 'pgchannels:') and channel <> 'pgchannels:everyone' then
         raise exception 'invalid channel name %', quote_literal(left(channel, 80)) || at
             using errcode = 'invalid_parameter_value',
-                  hint = 'Names that begin with pgchannels: are reserved.';
+                  hint = 'Names that begin with pgchannels: are reserved. To reach a user, give user_id; for everyone, everyone => true.';
     end if;
     if not coalesce(pgchannels.is_payload(payload), false) then
         raise exception 'invalid payload%: %', at, case
@@ -61,53 +61,269 @@ begin
 end
 $$;
 
-create or replace function pgchannels.publish(channel text, payload json, ttl interval default null)
-returns void
-language plpgsql volatile
+-- The channel that all connections of a user read. pgchannels/channels.py has the same; a test compares
+-- them. Any text can be an id: what a name may not hold is percent-encoded, a long one is a digest.
+create function pgchannels.user_channel(user_id text) returns text
+language plpgsql immutable strict parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    bytes bytea := convert_to(user_id, 'UTF8');
+    encoded text := user_id;
+begin
+    if char_length(user_id) not between 1 and 1000 or octet_length(bytes) > 1900 then
+        raise exception 'invalid user id %', quote_literal(left(user_id, 80))
+            using errcode = 'invalid_parameter_value',
+                  hint = 'A user''s id has 1 to 1000 characters, and at most 1900 bytes.';
+    end if;
+    -- Most ids have nothing to encode.
+    if user_id collate "C" !~ '^[A-Za-z0-9_.~-]+$' then
+        select string_agg(
+                   case when chr(b.byte) collate "C" ~ '[A-Za-z0-9_.~-]' then chr(b.byte)
+                        else '%' || upper(lpad(to_hex(b.byte), 2, '0')) end, '' order by b.place)
+          into encoded
+          from (select get_byte(bytes, p.place) as byte, p.place
+                  from generate_series(0, octet_length(bytes) - 1) p(place) offset 0) b;
+    end if;
+    if char_length(encoded) <= 200 - char_length('pgchannels:user:') then
+        return 'pgchannels:user:' || encoded;
+    end if;
+    return 'pgchannels:user::' || encode(sha256(bytes), 'hex');
+end
+$$;
+
+-- A publisher may publish to channels, groups, single connections and everyone; to users, and to
+-- several connections at once, where it was granted so. Raises, because a check could not say why.
+create function pgchannels.check_reserved(channel text) returns boolean
+language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    perform pgchannels.check_message(channel, payload);
+    if not has_function_privilege('pgchannels.claim_reserved_keys(text[], text[], interval)', 'execute') then
+        raise exception 'role % may publish to channels, groups and everyone, but not to users or to several connections: %',
+                quote_ident(current_user), quote_literal(left(channel, 80))
+            using errcode = 'insufficient_privilege',
+                  hint = format('The owner of the schema can allow it: select pgchannels.grant_access(''publisher'', %L, to_users => true);', current_user);
+    end if;
+    return true;
+end
+$$;
+
+-- Claim idempotency keys, each for the channel at the same place (a null key is no key), and return which
+-- messages are to be published: those without a key, and the first with each that is new. A key that
+-- another transaction has claimed is waited for until that one ends; keys of one call are claimed in
+-- their order. A key that this transaction has claimed is known, until a savepoint takes it back.
+--
+-- As the owner, because publishers cannot read keys. Three functions: the first is for every
+-- channel, and its grant is what lets a publisher publish to users; the second one is for the other
+-- channels; the third one is called, and says why the first cannot be.
+create function pgchannels.claim_reserved_keys(channels text[], keys text[], lifetime interval) returns boolean[]
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    moment timestamptz := clock_timestamp();
+    claimed boolean[];
+begin
+    if exists (select from unnest(keys) k(key) where char_length(k.key) not between 1 and 200) then
+        raise exception 'invalid key: it must have 1 to 200 characters'
+            using errcode = 'invalid_parameter_value';
+    end if;
+    if not coalesce(lifetime > interval '0', false) then
+        raise exception 'invalid lifetime % of a key: it must be positive', coalesce(lifetime::text, 'NULL')
+            using errcode = 'invalid_parameter_value';
+    end if;
+    with given as materialized (
+        select m.channel, m.key, m.place,
+               row_number() over (partition by m.channel, m.key order by m.place) = 1 as is_first
+          from unnest(channels, keys) with ordinality m(channel, key, place)
+    ), fresh as (
+        insert into pgchannels.keys as k (channel, key, created_at, expires_at)
+        select g.channel, g.key, moment, moment + lifetime
+          from given g where g.key is not null and g.is_first order by g.channel, g.key
+        on conflict (channel, key) do update
+            set created_at = excluded.created_at, expires_at = excluded.expires_at, claimed_by = excluded.claimed_by
+            where k.expires_at <= excluded.created_at
+        returning k.channel, k.key
+    )
+    select array_agg(g.key is null or g.is_first and f.key is not null order by g.place) into claimed
+      from given g left join fresh f on f.channel = g.channel and f.key = g.key;
+    return claimed;
+end
+$$;
+
+create function pgchannels.claim_channel_keys(channels text[], keys text[], lifetime interval) returns boolean[]
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if exists (select from unnest(channels) c(name)
+                where not pgchannels.is_channel(c.name)
+                   or starts_with(c.name, 'pgchannels:') and c.name <> 'pgchannels:everyone') then
+        raise exception 'these are not all channels that anyone may publish to'
+            using errcode = 'insufficient_privilege';
+    end if;
+    return pgchannels.claim_reserved_keys(channels, keys, lifetime);
+end
+$$;
+
+create function pgchannels.claim_keys(channels text[], keys text[], lifetime interval) returns boolean[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    reserved text;
+begin
+    select c.name into reserved from unnest(channels) c(name)
+     where starts_with(c.name, 'pgchannels:') and c.name <> 'pgchannels:everyone' limit 1;
+    if reserved is null then
+        return pgchannels.claim_channel_keys(channels, keys, lifetime);
+    end if;
+    perform pgchannels.check_reserved(reserved);
+    return pgchannels.claim_reserved_keys(channels, keys, lifetime);
+end
+$$;
+
+-- Commands and news for nodes have rules of their own.
+alter table pgchannels.outbox add constraint outbox_reserved_are_granted check (
+    not starts_with(channel, 'pgchannels:')
+    or channel in ('pgchannels:everyone', 'pgchannels:commands', 'pgchannels:members')
+    or pgchannels.check_reserved(channel));
+
+-- Publish a message when the transaction commits:
+--
+--     select pgchannels.publish('orders:7', '{"type": "order.paid"}');
+--     select pgchannels.publish(user_id => '42', payload => '{"type": "invoice.paid"}');
+--     select pgchannels.publish(everyone => true, payload => '{"type": "maintenance"}');
+--
+-- "recipients" are the channels of several connections, and "exclude" is that of one that does not get
+-- it. With a key, a second message with the same key to the same address within key_lifetime is not
+-- published. Returns whether it was.
+drop function pgchannels.publish(text, json, interval);
+
+create function pgchannels.publish(
+    channel text default null, payload json default null, ttl interval default null,
+    user_id text default null, everyone boolean default false, recipients text[] default null,
+    exclude text default null, key text default null, key_lifetime interval default '1 day')
+returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    target text := channel;
+    headers json;
+    invalid text;
+begin
+    if user_id is not null or everyone or recipients is not null then
+        if num_nonnulls(channel, user_id, recipients, nullif(everyone, false)) > 1 then
+            raise exception 'publish() takes one of channel, user_id, everyone and recipients'
+                using errcode = 'invalid_parameter_value';
+        end if;
+        target := case when user_id is not null then pgchannels.user_channel(user_id)
+                       when everyone then 'pgchannels:everyone'
+                       else 'pgchannels:direct' end;
+        perform pgchannels.check_message('pgchannels:everyone', payload);
+    else
+        perform pgchannels.check_message(channel, payload);
+    end if;
     perform pgchannels.check_ttl(ttl);
-    insert into pgchannels.outbox (channel, payload, expires_at)
-    values (channel, payload, clock_timestamp() + ttl);
+    if exclude is not null or recipients is not null then
+        if exclude is not null and recipients is not null then
+            raise exception 'publish() to recipients takes no exclude: leave it out of them'
+                using errcode = 'invalid_parameter_value';
+        end if;
+        if cardinality(array(select distinct r.name from unnest(recipients) r(name))) not between 1 and 1000 and exclude is null then
+            raise exception 'publish() takes 1 to 1000 recipients' using errcode = 'invalid_parameter_value';
+        end if;
+        select coalesce(n.name, 'NULL') into invalid from unnest(coalesce(recipients, array[exclude])) n(name)
+         where not coalesce(pgchannels.is_channel(n.name), false)
+            or starts_with(n.name, 'pgchannels:') and n.name <> 'pgchannels:everyone' limit 1;
+        if invalid is not null then
+            perform pgchannels.check_message(invalid, '{}');
+            raise exception 'invalid channel name NULL among recipients' using errcode = 'invalid_parameter_value';
+        end if;
+        headers := case when exclude is not null then json_build_object('pgchannels-except', exclude)
+                        else json_build_object('pgchannels-only', to_json(array(
+                                 select distinct r.name from unnest(recipients) r(name) order by r.name))::text) end;
+    end if;
+    if key is not null and not (pgchannels.claim_keys(array[target], array[key], key_lifetime))[1] then
+        return false;
+    end if;
+    if headers is null then
+        insert into pgchannels.outbox (channel, payload, expires_at)
+        values (target, payload, clock_timestamp() + ttl);
+    else
+        insert into pgchannels.outbox (channel, payload, expires_at, headers)
+        values (target, payload, clock_timestamp() + ttl, headers);
+    end if;
+    return true;
 end
 $$;
 
 -- Publish several, in their order: select pgchannels.publish_many('{a,b}', array['{"n": 1}', '{"n": 2}']::json[]);
--- Returns how many.
-create function pgchannels.publish_many(channels text[], payloads json[], ttl interval default null)
+-- To users: user_ids => '{42,43}' instead of channels. "keys", if given, has one for each, or null. Returns
+-- how many were published.
+create function pgchannels.publish_many(
+    channels text[] default null, payloads json[] default null, ttl interval default null,
+    user_ids text[] default null, keys text[] default null, key_lifetime interval default '1 day')
 returns integer
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    addressed text[] := coalesce(channels, user_ids);
+    claimed boolean[];
     published integer;
 begin
-    if channels is null or payloads is null or cardinality(channels) <> cardinality(payloads)
-       or array_ndims(channels) > 1 or array_ndims(payloads) > 1 then
-        raise exception 'publish_many() takes an array of channels and one of as many payloads, not of % and %',
-                coalesce(cardinality(channels)::text, 'NULL'), coalesce(cardinality(payloads)::text, 'NULL')
+    if channels is not null and user_ids is not null then
+        raise exception 'publish_many() takes channels or user_ids, not both'
+            using errcode = 'invalid_parameter_value';
+    end if;
+    if addressed is null or payloads is null or cardinality(addressed) <> cardinality(payloads)
+       or array_ndims(addressed) > 1 or array_ndims(payloads) > 1 then
+        raise exception 'publish_many() takes an array of % and one of as many payloads, not of % and %',
+                case when user_ids is null then 'channels' else 'user_ids' end,
+                coalesce(cardinality(addressed)::text, 'NULL'), coalesce(cardinality(payloads)::text, 'NULL')
+            using errcode = 'invalid_parameter_value';
+    end if;
+    if cardinality(keys) <> cardinality(payloads) or array_ndims(keys) > 1 then
+        raise exception 'publish_many() takes as many keys as payloads, not %', cardinality(keys)
             using errcode = 'invalid_parameter_value';
     end if;
     perform pgchannels.check_ttl(ttl);
-    perform pgchannels.check_message(m.channel, m.payload, m.place)
-       from unnest(channels, payloads) with ordinality m(channel, payload, place);
+    if user_ids is null then
+        perform pgchannels.check_message(m.channel, m.payload, m.place)
+           from unnest(channels, payloads) with ordinality m(channel, payload, place);
+    else
+        if array_position(user_ids, null) is not null then
+            raise exception 'invalid user id NULL at place %', array_position(user_ids, null)
+                using errcode = 'invalid_parameter_value';
+        end if;
+        perform pgchannels.check_message('pgchannels:everyone', m.payload, m.place)
+           from unnest(payloads) with ordinality m(payload, place);
+        addressed := array(select pgchannels.user_channel(u.id) from unnest(user_ids) with ordinality u(id, place) order by u.place);
+    end if;
+    if array_remove(keys, null) <> '{}' then
+        claimed := pgchannels.claim_keys(addressed, keys, key_lifetime);
+    end if;
     insert into pgchannels.outbox (channel, payload, expires_at)
     select m.channel, m.payload, clock_timestamp() + ttl
-      from unnest(channels, payloads) with ordinality m(channel, payload, place) order by m.place;
+      from unnest(addressed, payloads) with ordinality m(channel, payload, place)
+     where claimed is null or claimed[m.place] order by m.place;
     get diagnostics published = row_count;
     return published;
 end
 $$;
 
--- The watch of a table is three triggers, one an operation, with what is watched as their argument:
--- channel: as it was given; parts: literal, column, literal, column, …, literal; columns: null for
--- all; key: of the table; condition: a jsonpath predicate, or null.
+-- The watch of a table is three triggers, one for each operation, whose argument says what is watched:
+-- channel: as it was given, and pgchannels:user:… for a user's; is_user: whether it is one;
+-- parts: literal, column, literal, column, …, literal; columns: null for all; key: of the table;
+-- condition: a jsonpath predicate, or null.
 --
--- A channel's name for a row; null if a column in it is. An invalid one is the writer's mistake if the
--- row is new; an old row has only been in no channel.
-create function pgchannels.watched_channel(parts text[], changed jsonb, is_new boolean) returns text
+-- The name of the channel for a row, or null if a column in it is null. An invalid one is the
+-- writer's mistake if the row is new; an old row was in no channel then.
+create function pgchannels.watched_channel(parts text[], changed jsonb, is_new boolean, is_user boolean default false) returns text
 language plpgsql immutable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
@@ -117,6 +333,12 @@ begin
     for place in 2 .. cardinality(parts) by 2 loop
         name := name || (changed ->> parts[place]) || parts[place + 1];
     end loop;
+    if is_user then
+        if is_new or char_length(name) between 1 and 1000 and octet_length(name) <= 1900 then
+            return pgchannels.user_channel(name);
+        end if;
+        return null;
+    end if;
     if not pgchannels.is_channel(name) then
         if not is_new then
             return null;
@@ -214,6 +436,7 @@ declare
     columns text[] := case when jsonb_typeof(watch -> 'columns') = 'array'
                            then array(select jsonb_array_elements_text(watch -> 'columns')) end;
     condition jsonpath := watch ->> 'condition';
+    is_user boolean := coalesce((watch ->> 'is_user')::boolean, false);
     -- A trigger gets NULL for these, whatever their value.
     unseen text[] := array(select a.attname::text from pg_attribute a
                             where a.attrelid = tg_relid and a.attgenerated = 'v');
@@ -251,7 +474,7 @@ begin
     if tg_op = 'INSERT' then
         insert into pgchannels.outbox (channel, payload)
         select m.channel, m.payload
-          from (select pgchannels.watched_channel(parts, c.row, true) as channel, c.payload
+          from (select pgchannels.watched_channel(parts, c.row, true, is_user) as channel, c.payload
                   from (select r.row, pgchannels.watched_change(kind, key, columns, condition, null, r.row) as payload
                           from (select to_jsonb(n.*) - unseen as row from new_rows n offset 0) r offset 0) c
                  where c.payload is not null offset 0) m
@@ -259,7 +482,7 @@ begin
     elsif tg_op = 'DELETE' then
         insert into pgchannels.outbox (channel, payload)
         select c.channel, c.payload
-          from (select pgchannels.watched_channel(parts, r.row, false) as channel,
+          from (select pgchannels.watched_channel(parts, r.row, false, is_user) as channel,
                        pgchannels.watched_change(kind, key, columns, condition, r.row, null) as payload
                   from (select to_jsonb(o.*) - unseen as row from old_rows o offset 0) r offset 0) c
          where c.channel is not null and c.payload is not null;
@@ -290,8 +513,8 @@ begin
                      = case when cardinality(key) = 1 then b.row -> key[1]
                             else (select jsonb_agg(b.row -> k.name) from unnest(key) k(name)) end
                 offset 0) c
-         cross join lateral (select pgchannels.watched_channel(parts, c.before, false) as old,
-                                    pgchannels.watched_channel(parts, c.after, true) as new offset 0) m
+         cross join lateral (select pgchannels.watched_channel(parts, c.before, false, is_user) as old,
+                                    pgchannels.watched_channel(parts, c.after, true, is_user) as new offset 0) m
          cross join lateral unnest(case when m.old = m.new then array[m.new] else array[m.old, m.new] end) t(channel)
          where c.payload is not null and t.channel is not null
          order by c.place nulls first;
@@ -305,7 +528,8 @@ $$;
 --     select pgchannels.watch('orders', 'orders:{customer_id}', columns => '{status,total}');
 --
 -- {column} in the channel stands for a value of the row, {{ and }} for braces. A row that has NULL
--- there is in no channel. "columns" are those that messages have, and that an UPDATE must change to be
+-- there is in no channel. For all connections of a user instead: user_id => '{customer_id}', without a
+-- channel. "columns" are those that messages have, and that an UPDATE must change to be
 -- published at all; null for all. "condition" is a jsonpath predicate over {"new": …, "old": …}. Again
 -- for the same channel: replaces it.
 --
@@ -316,14 +540,16 @@ $$;
 -- rows of a partitioned table, PostgreSQL (16 to 18) shows wrong ones to triggers. A row must fit into
 -- jsonb.
 create function pgchannels.watch(
-    relation regclass, channel text, columns text[] default null, condition jsonpath default null,
-    operations text[] default '{insert,update,delete}')
+    relation regclass, channel text default null, columns text[] default null, condition jsonpath default null,
+    operations text[] default '{insert,update,delete}', user_id text default null)
 returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     table_class pg_class;
+    given text := coalesce(channel, user_id);
+    is_user boolean := channel is null and user_id is not null;
     token text;
     parts text[] := '{""}';
     used text[];
@@ -340,14 +566,19 @@ begin
     if table_class.relnamespace = (select o.relnamespace from pg_class o where o.oid = 'pgchannels.outbox'::regclass) then
         raise exception 'the tables of pgchannels itself cannot be watched' using errcode = 'wrong_object_type';
     end if;
-    if channel is null then
+    if given is null then
         raise exception 'invalid channel NULL' using errcode = 'invalid_parameter_value';
+    end if;
+    if channel is not null and user_id is not null then
+        raise exception 'watch() takes a channel or a user_id: call it once for each'
+            using errcode = 'invalid_parameter_value';
     end if;
 
     -- Into literal, column, literal, column, …, literal.
-    for token in select t[1] from regexp_matches(channel, '[{]{2}|[}]{2}|[{][^{}]+[}]|[^{}]+|[{}]', 'g') t loop
+    for token in select t[1] from regexp_matches(given, '[{]{2}|[}]{2}|[{][^{}]+[}]|[^{}]+|[{}]', 'g') t loop
         if token in ('{', '}') then
-            raise exception 'invalid channel %: a single brace', quote_literal(left(channel, 80))
+            raise exception 'invalid %: a single brace',
+                    case when is_user then 'user_id ' else 'channel ' end || quote_literal(left(given, 80))
                 using errcode = 'invalid_parameter_value',
                       hint = 'A column''s name stands in {braces}; {{ and }} stand for themselves.';
         elsif token in ('{{', '}}') then
@@ -361,8 +592,14 @@ begin
     watched := array_to_string(array(
         select case when u.place % 2 = 1 then u.part else 'x' end
           from unnest(parts) with ordinality u(part, place) order by u.place), '');
-    perform pgchannels.check_message(watched, '{}');
-    if cardinality(parts) > 1 and starts_with('pgchannels:', parts[1]) then
+    if is_user then
+        perform pgchannels.user_channel(watched);
+        -- No channel can have this name, so that none is taken for it.
+        channel := 'pgchannels:user:' || user_id;
+    else
+        perform pgchannels.check_message(watched, '{}');
+    end if;
+    if not is_user and cardinality(parts) > 1 and starts_with('pgchannels:', parts[1]) then
         raise exception 'invalid channel %: it must begin with a word of its own', quote_literal(left(channel, 80))
             using errcode = 'invalid_parameter_value',
                   hint = 'Else a value in a row could lead to any channel. Say orders:{id}, not {id}.';
@@ -401,7 +638,7 @@ begin
                   hint = 'Without one that holds at any time, what a row was before an UPDATE cannot be told. Add one, or watch only insert and delete.';
     end if;
 
-    perform pgchannels.unwatch(relation, channel);
+    perform pgchannels.unwatch(relation, case when not is_user then channel end, user_id);
     foreach operation in array array(select distinct o.name from unnest(operations) o(name)) loop
         execute format(
             'create trigger %I after %s on %s referencing %s for each statement execute function pgchannels.publish_changes(%L)',
@@ -409,27 +646,29 @@ begin
             case operation when 'insert' then 'new table as new_rows'
                            when 'delete' then 'old table as old_rows'
                            else 'old table as old_rows new table as new_rows' end,
-            jsonb_build_object('channel', channel, 'parts', parts, 'used', used, 'key', key,
+            jsonb_build_object('channel', channel, 'is_user', is_user, 'parts', parts, 'used', used, 'key', key,
                                'columns', columns, 'condition', condition::text));
     end loop;
 end
 $$;
 
--- Whatever is watched, a row a trigger.
+-- All that is watched, a row for each trigger.
 create view pgchannels.watches as
-select w.relation, w.config ->> 'channel' as channel,
+select w.relation, case when not (w.config ->> 'is_user')::boolean then w.config ->> 'channel' end as channel,
        case when jsonb_typeof(w.config -> 'columns') = 'array'
             then array(select jsonb_array_elements_text(w.config -> 'columns')) end as columns,
-       (w.config ->> 'condition')::jsonpath as condition, w.operation, w.trigger
+       (w.config ->> 'condition')::jsonpath as condition, w.operation, w.trigger,
+       case when (w.config ->> 'is_user')::boolean
+            then substr(w.config ->> 'channel', char_length('pgchannels:user:') + 1) end as user_id
   from (select t.tgrelid::regclass as relation, t.tgname as trigger,
                case when t.tgtype & 4 > 0 then 'insert' when t.tgtype & 16 > 0 then 'update' else 'delete' end as operation,
                -- arguments have a NUL at the end of each
                convert_from(substring(t.tgargs from 1 for length(t.tgargs) - 1), 'UTF8')::jsonb as config
           from pg_trigger t where t.tgfoid = 'pgchannels.publish_changes()'::regprocedure) w;
 
--- No longer publish a table's changes to a channel, as it was given to watch(); to none, if null.
--- Returns whether it was watched.
-create function pgchannels.unwatch(relation regclass, channel text default null) returns boolean
+-- No longer publish a table's changes to a channel or user, as it was given to watch(); to none at
+-- all, if neither is given. Returns whether it was watched.
+create function pgchannels.unwatch(relation regclass, channel text default null, user_id text default null) returns boolean
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -439,7 +678,8 @@ declare
 begin
     for trigger_name in select w.trigger from pgchannels.watches w
                          where w.relation = unwatch.relation
-                           and (unwatch.channel is null or w.channel = unwatch.channel) loop
+                           and (unwatch.channel is null and unwatch.user_id is null
+                                or w.channel = unwatch.channel or w.user_id = unwatch.user_id) loop
         execute format('drop trigger %I on %s', trigger_name, relation);
         was_watched := true;
     end loop;
@@ -447,10 +687,11 @@ begin
 end
 $$;
 
--- A publisher may publish, and nothing else: it reads nothing. A node may do what a running node
+-- A publisher may publish, and nothing else: it reads nothing. With to_users, it may do so to users and
+-- to several connections at once, not only to channels, groups and everyone. A node may do what a running node
 -- does but for pruning, which drops partitions, as only their owner may. A maintainer is a member of
--- the owner. What a later migration makes, regrant() gives to who has such a grant already.
-create function pgchannels.grant_access(kind text, role_name text) returns void
+-- the owner. regrant() gives what a later migration makes to the roles that have such a grant.
+create function pgchannels.grant_access(kind text, role_name text, to_users boolean default false) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -489,7 +730,9 @@ begin
     for routine in select p.oid::regprocedure from pg_proc p
                     where p.pronamespace = log_class.relnamespace
                       and (p.proname in ('is_channel', 'is_payload', 'is_headers', 'is_attachments', 'check_message', 'check_ttl', 'publish',
-                                         'publish_many', 'primary_key', 'watched_channel', 'watched_change')
+                                         'publish_many', 'primary_key', 'watched_channel', 'watched_change', 'user_channel',
+                                         'check_reserved', 'claim_keys', 'claim_channel_keys')
+                           or to_users and p.proname = 'claim_reserved_keys'
                            or kind = 'node' and p.proname not in ('watch', 'unwatch', 'publish_changes', 'grant_access', 'regrant')) loop
         execute format('grant execute on routine %s to %I', routine, role_name);
     end loop;
@@ -506,7 +749,7 @@ $$;
 
 -- At the end of each migration: what is new is its owner's, whoever has migrated; nothing is for
 -- everybody; and who has been given access has it to what is new. A grant to a publisher is known by
--- the right to insert, to a node by that to seal.
+-- the right to insert, one to users by that to claim reserved keys, and one to a node by that to seal.
 create function pgchannels.regrant() returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -533,7 +776,10 @@ begin
         execute format('revoke execute on routine %s from public', routine);
     end loop;
     for given in
-        select 'publisher' as kind, r.rolname as role_name
+        select 'publisher' as kind, r.rolname as role_name,
+               exists (select from pg_proc p cross join aclexplode(p.proacl) a
+                        where p.oid = 'pgchannels.claim_reserved_keys(text[], text[], interval)'::regprocedure
+                          and a.privilege_type = 'EXECUTE' and a.grantee = r.oid) as to_users
           from pg_class c
          cross join lateral (
              select x.grantee, x.privilege_type from aclexplode(c.relacl) x
@@ -544,11 +790,11 @@ begin
           join pg_roles r on r.oid = x.grantee
          where c.oid = 'pgchannels.outbox'::regclass and x.privilege_type = 'INSERT' and x.grantee <> c.relowner
         union
-        select 'node', r.rolname
+        select 'node', r.rolname, false
           from pg_proc p cross join aclexplode(p.proacl) x join pg_roles r on r.oid = x.grantee
          where p.oid = 'pgchannels.seal(integer)'::regprocedure and x.privilege_type = 'EXECUTE' and x.grantee <> p.proowner
     loop
-        perform pgchannels.grant_access(given.kind, given.role_name);
+        perform pgchannels.grant_access(given.kind, given.role_name, given.to_users);
     end loop;
 end
 $$;

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ARRAY,
+    Boolean,
     ColumnElement,
     Connection,
     Engine,
@@ -16,6 +17,7 @@ from sqlalchemy import (
     Integer,
     Interval,
     LargeBinary,
+    Select,
     Text,
     bindparam,
     case,
@@ -60,13 +62,24 @@ class Outlet(NamedTuple):
         *,
         ttl: float | timedelta | None,
         headers: Mapping[str, str] | None,
+        key: str | None = None,
+        extra: Mapping[str, str] | None = None,
     ) -> Outgoing:
-        """Encode a message; *channel* has been checked.
+        """Encode a message; *channel* and *extra*, headers of our own, have been checked.
 
         Raises:
-            InvalidMessage: for a bad payload, ttl or header.
+            InvalidMessage: for a bad payload, ttl, header or key.
         """
-        return outgoing(channel, payload, self.settings, self.serializer, ttl=ttl, headers=headers)
+        return outgoing(
+            channel,
+            payload,
+            self.settings,
+            self.serializer,
+            ttl=ttl,
+            headers=headers,
+            key=key,
+            extra=extra,
+        )
 
     def wake(self, engine: Engine) -> None:
         """Something was committed to the outbox by a connection of *engine*: have it sequenced.
@@ -96,8 +109,16 @@ def entry_class(schema: str) -> type[Entry]:
     return mapped
 
 
-def write(connection: Connection, schema: str, messages: Sequence[Outgoing]) -> None:
-    """Insert *messages*, in their order, by one statement."""
+def write(connection: Connection, settings: Settings, messages: Sequence[Outgoing]) -> None:
+    """Insert *messages*, in their order, by one statement.
+
+    If some have idempotency keys, another statement claims these first, and waits for transactions
+    that have claimed the same. Messages whose keys are known are left out.
+    """
+    if any(message.key is not None for message in messages):
+        messages = _fresh(connection, settings, messages)
+        if not messages:
+            return
     plain = not any(message.headers or message.attachments for message in messages)
     firsts, lasts, attachments = flatten(messages)
     parameters = {
@@ -110,7 +131,37 @@ def write(connection: Connection, schema: str, messages: Sequence[Outgoing]) -> 
     }
     if not plain:
         parameters["attachments"] = attachments
-    connection.execute(_statement(schema, plain=plain), parameters)
+    connection.execute(_statement(settings.schema_name, plain=plain), parameters)
+
+
+def _fresh(
+    connection: Connection, settings: Settings, messages: Sequence[Outgoing]
+) -> list[Outgoing]:
+    """Claim the keys of *messages*; those without a key, and those with a new one."""
+    keyed = [message for message in messages if message.key is not None]
+    claimed = connection.execute(
+        _claim(settings.schema_name),
+        {
+            "channels": [message.channel for message in keyed],
+            "keys": [message.key for message in keyed],
+            "lifetime": settings.key_lifetime,
+        },
+    ).scalar_one()
+    known = iter(claimed)
+    return [message for message in messages if message.key is None or next(known)]
+
+
+@cache
+def _claim(schema: str) -> Select[tuple[list[bool]]]:
+    claim_keys: Any = getattr(getattr(func, schema), "claim_keys")  # noqa: B009 - the schema's
+    return select(
+        claim_keys(
+            cast(bindparam("channels"), ARRAY(Text)),
+            cast(bindparam("keys"), ARRAY(Text)),
+            cast(bindparam("lifetime"), Interval),
+            type_=ARRAY(Boolean),
+        )
+    )
 
 
 @cache

@@ -12,9 +12,9 @@ woken.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Connection, Engine, event, inspect, update
@@ -28,8 +28,8 @@ from sqlalchemy.orm import (
     sessionmaker,
 )
 
-from pgchannels.channels import check_channel
-from pgchannels.errors import ConfigurationError
+from pgchannels.addresses import address_of
+from pgchannels.errors import ConfigurationError, InvalidChannel, InvalidMessage
 from pgchannels.layer import ChannelLayer
 from pgchannels.memory import MemoryLayer
 from pgchannels.orm import flushes
@@ -52,6 +52,8 @@ Target: TypeAlias = (
     | async_sessionmaker[Any]
     | scoped_session[Any]
 )
+
+_NOT_GIVEN: Any = object()
 
 # In Session.info: its bind is one that can be published to.
 _CHECKED = "pgchannels.checked"
@@ -100,15 +102,71 @@ def install(
         wrap_bulk_save(session_class, _tell_bulk)
 
 
+@overload
 def publish(
     session: AnySession,
     channel: str,
     payload: Any,
     *,
+    exclude: str | None = None,
     ttl: float | timedelta | None = None,
     headers: Mapping[str, str] | None = None,
+    key: str | None = None,
+) -> None: ...
+@overload
+def publish(
+    session: AnySession,
+    payload: Any,
+    *,
+    user: str,
+    exclude: str | None = None,
+    ttl: float | timedelta | None = None,
+    headers: Mapping[str, str] | None = None,
+    key: str | None = None,
+) -> None: ...
+@overload
+def publish(
+    session: AnySession,
+    payload: Any,
+    *,
+    everyone: Literal[True],
+    exclude: str | None = None,
+    ttl: float | timedelta | None = None,
+    headers: Mapping[str, str] | None = None,
+    key: str | None = None,
+) -> None: ...
+@overload
+def publish(
+    session: AnySession,
+    payload: Any,
+    *,
+    to: Iterable[str],
+    ttl: float | timedelta | None = None,
+    headers: Mapping[str, str] | None = None,
+    key: str | None = None,
+) -> None: ...
+def publish(  # type: ignore[misc]  # without a channel, the payload takes its place
+    session: AnySession,
+    channel: Any = _NOT_GIVEN,
+    payload: Any = _NOT_GIVEN,
+    *,
+    user: str | None = None,
+    everyone: bool = False,
+    to: Iterable[str] | None = None,
+    exclude: str | None = None,
+    ttl: float | timedelta | None = None,
+    headers: Mapping[str, str] | None = None,
+    key: str | None = None,
 ) -> None:
-    """Publish *payload* on *channel* if, and only if, the session's transaction commits.
+    """Publish *payload* if, and only if, the session's transaction commits.
+
+    ::
+
+        publish(session, "orders:7", {"type": "order.paid"})  # a channel or group
+        publish(session, "room:1", message, exclude=channel)  # … but one of its members
+        publish(session, {"type": "invoice.paid"}, user="42")  # all connections of a user
+        publish(session, {"type": "maintenance"}, everyone=True)
+        publish(session, message, to=[channel, ...])  # several connections
 
     An ordinary call, also on an ``AsyncSession``, and inside of mapper and flush events. Nothing is
     sent to the database before the next flush, which writes the session's objects first. Messages
@@ -124,24 +182,45 @@ def publish(
 
     Args:
         session: of a target that was given to :func:`install`.
-        channel: see :func:`pgchannels.channels.check_channel`.
+        channel: a channel or group, see :func:`pgchannels.channels.check_channel`.
         payload: see :func:`pgchannels.payloads.encode_payload`.
+        user: instead of a channel, a user's id, as in ``layer.send_to_user()``.
+        everyone: instead, every connection, as in ``layer.broadcast()``.
+        to: instead, the channels of 1 to 1000 connections, as in ``layer.send_to()``.
+        exclude: the channel of a connection that does not get it, as in ``layer.group_send()``.
         ttl: how long the message can be read, in seconds; ``default_ttl`` if None.
         headers: texts by name, as in :meth:`pgchannels.ChannelLayer.send`.
+        key: an idempotency key, as in :meth:`pgchannels.ChannelLayer.send`. It is claimed at the
+            flush, and given back by a rollback, also of a savepoint. Until this transaction ends,
+            others that publish with the same key to the same address wait for it. Two that claim
+            several keys in different orders are a deadlock, of which PostgreSQL ends one.
 
     Raises:
-        InvalidMessage: for a bad channel, payload or ttl.
+        InvalidMessage: for a bad channel, user, payload, ttl or key, or for several addresses.
         ConfigurationError: if the session was not prepared by :func:`install`, is bound to another
             database than PostgreSQL, or commits each statement by itself (AUTOCOMMIT). The last is
             seen at the flush, before anything is written.
     """
+    if payload is _NOT_GIVEN:
+        channel, payload = None, channel
+    elif channel is _NOT_GIVEN:
+        channel = None
+    elif channel is None:
+        raise InvalidChannel(channel, "it must be a str")
+    if payload is _NOT_GIVEN:
+        raise InvalidMessage("publish() needs a payload")
+    address = address_of(channel, user=user, everyone=everyone, to=to, exclude=exclude)
     sync_session = _sync_session(session)
     outlet = _outlet(sync_session)
     entries = entry_class(outlet.settings.schema_name)
     if _CHECKED not in sync_session.info:
         _check_bind(sync_session, entries)
         sync_session.info[_CHECKED] = True
-    entry = entries(outlet.message(check_channel(channel), payload, ttl=ttl, headers=headers))
+    entry = entries(
+        outlet.message(
+            address.channel, payload, ttl=ttl, headers=headers, key=key, extra=address.headers
+        )
+    )
     flush = flushes.current(sync_session) if sync_session._flushing else None  # noqa: SLF001
     if flush is None:
         sync_session.add(entry)
@@ -257,7 +336,7 @@ def _has_work(session: Session) -> bool:
 
 
 def _insert(session: Session, connection: Connection, messages: Sequence[Outgoing]) -> None:
-    write(connection, _outlet(session).settings.schema_name, messages)
+    write(connection, _outlet(session).settings, messages)
     session.info[_PUBLISHED] = connection.engine
 
 

@@ -746,4 +746,4 @@ select s.sealed, s.head from pgchannels.seal($1) s;
 select pg_export_snapshot() as snapshot, b.epoch from pgchannels.bounds b;
 
 -- name: grant_access
-select pgchannels.grant_access($1, $2);
+select pgchannels.grant_access($1, $2, $3);

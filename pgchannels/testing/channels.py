@@ -228,6 +228,17 @@ class GroupTests:
             await layer.broadcast({"n": 4})
             assert numbers(await take(stream, 1)) == [4]
 
+    async def test_a_users_other_devices_and_everyone_else(self, make_layer: MakeLayer) -> None:
+        layer, other = await make_layer(), await make_layer()
+        here = await layer.new_channel(user_id="u")
+        there = await other.new_channel(user_id="u")
+        async with layer.subscribe(member=here) as mine, other.subscribe(member=there) as theirs:
+            await layer.send_to_user("u", {"n": 1}, exclude=here)
+            await layer.broadcast({"n": 2}, exclude=here)
+            await layer.broadcast({"n": 3})
+            assert numbers(await take(theirs, 3)) == [1, 2, 3]
+            assert numbers(await take(mine, 1)) == [3]
+
     async def test_another_user(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
         channel = await layer.new_channel(user_id="u")

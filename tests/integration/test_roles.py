@@ -25,7 +25,7 @@ from psycopg.errors import (
 from psycopg.rows import scalar_row
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
@@ -61,6 +61,10 @@ PUBLISHING = {
     "primary_key",
     "watched_channel",
     "watched_change",
+    "user_channel",
+    "check_reserved",
+    "claim_keys",
+    "claim_channel_keys",
 }
 GIVING = {"watch", "unwatch", "publish_changes", "grant_access", "regrant"}
 
@@ -95,9 +99,9 @@ def role(make_role: MakeRole) -> str:
     return make_role()
 
 
-def grant(url: str, kind: str, role: str) -> None:
+def grant(url: str, kind: str, role: str, *, to_users: bool = False) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("select pgchannels.grant_access(%s, %s)", [kind, role])
+        connection.execute("select pgchannels.grant_access(%s, %s, %s)", [kind, role, to_users])
 
 
 @pytest.fixture
@@ -329,7 +333,7 @@ class TestPublisher:
                 "create or replace function pgchannels.is_channel(name text) returns boolean"
                 " language sql return true"
             ),
-            "alter function pgchannels.publish(text, json, interval) reset search_path",
+            "alter function pgchannels.publish reset search_path",
             "alter function pgchannels.add_partitions(bigint) set search_path = public",
             "drop function pgchannels.is_payload(json)",
             "drop schema pgchannels cascade",
@@ -480,6 +484,91 @@ def test_who_may_watch_a_table(database_url: str, role: str, publisher: str) -> 
         refused(connection, "select pgchannels.unwatch('theirs')")
 
 
+ADDRESSES = {
+    "publish": "select pgchannels.publish(user_id => '42', payload => '{}')",
+    "publish_many": (
+        "select pgchannels.publish_many(user_ids => '{42}', payloads => array['{}']::json[])"
+    ),
+    "recipients": "select pgchannels.publish(recipients => '{a,b}', payload => '{}')",
+    "key": "select pgchannels.publish(user_id => '42', payload => '{}', key => 'k')",
+    "row": "insert into pgchannels.outbox (channel, payload) values ('pgchannels:user:42', '{}')",
+    "unknown": "insert into pgchannels.outbox (channel, payload) values ('pgchannels:new', '{}')",
+    "watch": "insert into invoices values (1, '42')",
+}
+
+
+class TestToUsers:
+    """A publisher may publish to users, and to several connections, where it was granted so."""
+
+    @pytest.fixture
+    def invoices(self, database_url: str, role: str) -> None:
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute("create table invoices (id int primary key, owner text)")
+            connection.execute("select pgchannels.watch('invoices', user_id => '{owner}')")
+            connection.execute(f"grant insert on invoices to {role}".encode())
+
+    @pytest.mark.usefixtures("invoices")
+    @pytest.mark.parametrize("statement", ADDRESSES.values(), ids=ADDRESSES)
+    def test_is_refused_with_what_to_do(
+        self, database_url: str, role: str, publisher: str, statement: str
+    ) -> None:
+        with psycopg.connect(publisher, autocommit=True) as connection:
+            with pytest.raises(InsufficientPrivilege, match="may publish to channels") as refusal:
+                connection.execute(statement.encode())
+            hint = refusal.value.diag.message_hint
+            assert hint is not None
+            execute(database_url, hint.partition(": ")[2])
+            connection.execute(statement.encode())
+
+    def test_by_sessions(self, database_url: str, role: str, publisher: str) -> None:
+        url = make_url(publisher).set(drivername="postgresql+psycopg")
+        sessions: sessionmaker[Session] = sessionmaker(create_engine(url, poolclass=NullPool))
+        install(sessions, settings=Settings(database_url=publisher))
+        for key in (None, "k"):
+            with sessions() as session:
+                publish(session, {}, user="42", key=key)
+                with pytest.raises(ProgrammingError, match="may publish to channels"):
+                    session.commit()
+        grant(database_url, "publisher", role, to_users=True)
+        with sessions.begin() as session:
+            publish(session, {}, user="42", key="k")
+            publish(session, {}, to=["a"])
+
+    def test_everyone_groups_and_keys_need_no_more(self, database_url: str, publisher: str) -> None:
+        with psycopg.connect(publisher, autocommit=True) as connection:
+            connection.execute("select pgchannels.publish(everyone => true, payload => '{}')")
+            connection.execute("select pgchannels.publish('a', '{}', exclude => 'b', key => 'k')")
+            connection.execute("select pgchannels.publish('a', '{}', key => 'k')")
+        with psycopg.connect(database_url) as connection:
+            published = connection.execute("select channel from pgchannels.outbox order by id")
+            assert published.fetchall() == [("pgchannels:everyone",), ("a",)]
+
+    def test_a_publisher_cannot_use_up_the_keys_of_users(self, publisher: str) -> None:
+        arguments = "('{pgchannels:user:42}', '{invoice}', '1 day')"
+        with psycopg.connect(publisher, autocommit=True) as connection:
+            for name in ("claim_keys", "claim_channel_keys", "claim_reserved_keys"):
+                refused(connection, f"select pgchannels.{name}{arguments}")
+
+    def test_a_name_with_a_quote(self, database_url: str) -> None:
+        name = 'o"; drop table x; --' + uuid4().hex
+        quoted = sql.Identifier(name)
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute(sql.SQL("create role {} login").format(quoted))
+            try:
+                grant(database_url, "publisher", name)
+                connection.execute(sql.SQL("set role {}").format(quoted))
+                with pytest.raises(InsufficientPrivilege) as refusal:
+                    connection.execute(ADDRESSES["publish"].encode())
+                connection.execute("reset role")
+                hint = refusal.value.diag.message_hint
+                assert hint is not None
+                execute(database_url, hint.partition(": ")[2])
+            finally:
+                connection.execute("reset role")
+                connection.execute(sql.SQL("drop owned by {}").format(quoted))
+                connection.execute(sql.SQL("drop role {}").format(quoted))
+
+
 def test_functions_have_a_search_path_of_their_own(database_url: str) -> None:
     with psycopg.connect(database_url, row_factory=scalar_row) as connection:
         without = connection.execute(
@@ -492,7 +581,8 @@ def test_functions_have_a_search_path_of_their_own(database_url: str) -> None:
         ).fetchall()
     # It commits, which a procedure with settings of its own cannot.
     assert without == ["seal_and_notify"]
-    assert definers == ["add_partitions"]
+    # Publishers may not read the table of keys.
+    assert set(definers) == {"add_partitions", "claim_reserved_keys", "claim_channel_keys"}
 
 
 class TestNode:
@@ -838,20 +928,23 @@ class TestGrantAccess:
 
     def test_is_given_anew_to_who_has_it(self, database_url: str, make_role: MakeRole) -> None:
         publisher, node, nobody = make_role(), make_role(), make_role()
+        to_users = make_role()
         grant(database_url, "publisher", publisher)
+        grant(database_url, "publisher", to_users, to_users=True)
         grant(database_url, "node", node)
         with psycopg.connect(database_url, autocommit=True) as connection:
-            before = [may_call(connection, role) for role in (publisher, node, nobody)]
+            before = [may_call(connection, role) for role in (publisher, node, to_users, nobody)]
             # As a later migration does.
             connection.execute(
-                "drop function pgchannels.publish_many(text[], json[], interval);"
+                "drop function pgchannels.publish_many;"
                 "create function pgchannels.publish_many(text[]) returns int language sql return 1;"
                 "create function pgchannels.another() returns int language sql return 1;"
                 "create table pgchannels.another (id int)"
             )
             connection.execute("select pgchannels.regrant()")
-            after = [may_call(connection, role) for role in (publisher, node, nobody)]
-            assert after == [before[0], before[1] | {"another"}, set()]
+            after = [may_call(connection, role) for role in (publisher, node, to_users, nobody)]
+            assert after == [before[0], before[1] | {"another"}, before[2], set()]
+            assert before[2] == PUBLISHING | {"claim_reserved_keys"}
             assert ("another", "delete") in may_use_relations(connection, node)
             assert may_use_relations(connection, publisher) == set()
 
