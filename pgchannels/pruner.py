@@ -46,6 +46,7 @@ class PruneReport:
     """Messages with ids up to here can no longer be read."""
     partitions_dropped: list[str] = field(default_factory=list)
     partitions_added: int = 0
+    """How many times ``log.partition_size`` ids; in a large log, partitions are wider than that."""
     messages_deleted: int = 0
     """Past the retention, deleted one by one."""
     expired_deleted: int = 0

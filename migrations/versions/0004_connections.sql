@@ -5,10 +5,10 @@
 -- 0003 goes on working: its channels are no connections, and count for nobody's limit.
 
 -- A partition takes messages, and readers are told of it, only when the transaction that made it is
--- wholly over. Others hear that a table has changed (its relcache entry, and with it their plans, are
--- void) a moment after they can see what was committed with it: in that moment a statement may be
--- planned without the partition, by somebody who knows of it. The sequencer's lock is released after
--- that moment.
+-- over and its locks released. Others hear that a table has changed (its relcache entry, and with it
+-- their plans, are void) a moment after they can see what was committed with it: in that moment a
+-- statement may be planned without the partition, by a session that reads of it. The sequencer's lock
+-- is released after that moment.
 --
 -- First of all: the sequencer takes its locks in this order, too.
 alter table pgchannels.log add column attached_to bigint;
@@ -415,36 +415,79 @@ begin
 end
 $$;
 
--- At most once in a transaction.
+-- Make room in the log for ids up to "through"; called at most once in a transaction. Returns how many
+-- times log.partition_size was added.
+--
+-- A partition takes messages from a later transaction on than the one that attaches it (see the top).
+-- Both transactions change the log's row under the sequencer's lock, and neither waits under it for
+-- what others do with the table: ANALYZE holds the lock that ATTACH PARTITION needs for as long as it
+-- samples all partitions. So the table's lock comes first, and while there is room it is only tried;
+-- the next call tries again. Without room a call waits a moment, because nothing can be sealed anyway.
+--
+-- The more partitions there are, the wider are new ones: a read locks all of them with their indexes.
+-- In a log that is as large as its retention lets it become, a new one has a twentieth of all ids.
+-- While a log grows, so does the number of its partitions, but ever more slowly: from a size of a
+-- million it is about 50 at a billion messages, and 85 at thirty billion.
 create or replace function pgchannels.add_partitions(through bigint) returns integer
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
 as $$
 declare
-    made integer := 0;
     state pgchannels.log;
+    begins bigint;
+    width bigint;
+    partitions integer;
+    oldest bigint;
     partition text;
 begin
-    if not exists (select from pgchannels.log l where l.partitioned_to < l.attached_to or l.attached_to <= through) then
+    select * into strict state from pgchannels.log;
+    if state.partitioned_to < state.attached_to then
+        begin
+            perform set_config('lock_timeout', '5s', true);
+            perform pgchannels.lock_sequencer();
+            update pgchannels.log set partitioned_to = attached_to returning * into strict state;
+            perform set_config('lock_timeout', '100ms', true);
+        exception when lock_not_available then
+            return 0;
+        end;
+    end if;
+    if state.attached_to > through then
         return 0;
     end if;
-    perform pgchannels.lock_sequencer();
-    select * into strict state from pgchannels.log for update;
-    if state.partitioned_to < state.attached_to then
-        update pgchannels.log set partitioned_to = attached_to;
-    end if;
-    while state.attached_to <= through loop
-        partition := 'messages_' || state.attached_to;
-        execute format('create table pgchannels.%I (like pgchannels.messages including all)', partition);
-        execute format('alter table pgchannels.messages attach partition pgchannels.%I for values from (%s) to (%s)',
-                       partition, state.attached_to, state.attached_to + state.partition_size);
-        state.attached_to := state.attached_to + state.partition_size;
-        made := made + 1;
-    end loop;
-    if made > 0 then
-        update pgchannels.log set attached_to = state.attached_to;
-    end if;
-    return made;
+    begin
+        if exists (select from pgchannels.bounds b where b.head + 1 < b.partitioned_to) then
+            lock table only pgchannels.messages in share update exclusive mode nowait;
+        else
+            lock table only pgchannels.messages in share update exclusive mode;
+        end if;
+        -- Others attach under the same lock.
+        select * into strict state from pgchannels.log;
+        begins := state.attached_to;
+        select count(*), coalesce(min(substring(c.relname from '[0-9]+$')::bigint), begins)
+          into partitions, oldest
+          from pg_inherits i join pg_class c on c.oid = i.inhrelid
+         where i.inhparent = 'pgchannels.messages'::regclass;
+        while state.attached_to <= through loop
+            width := (state.attached_to - oldest) / greatest(40 - partitions, 8);
+            width := greatest(1, ceil(width::numeric / state.partition_size)) * state.partition_size;
+            partition := 'messages_' || state.attached_to;
+            execute format('create table pgchannels.%I (like pgchannels.messages including all)', partition);
+            execute format('alter table pgchannels.messages attach partition pgchannels.%I for values from (%s) to (%s)',
+                           partition, state.attached_to, state.attached_to + width);
+            state.attached_to := state.attached_to + width;
+            partitions := partitions + 1;
+        end loop;
+        if state.attached_to > begins then
+            -- A batch may take its time. Where the sequencer waits for the table's lock, it gives up first.
+            perform set_config('lock_timeout', '5s', true);
+            perform pgchannels.lock_sequencer();
+            update pgchannels.log set attached_to = state.attached_to;
+        end if;
+    exception when lock_not_available then
+        return 0;
+    end;
+    return (state.attached_to - begins) / state.partition_size;
 end
 $$;
 

@@ -203,8 +203,8 @@ returning true;
 delete from pgchannels.leases where name = $1 and holder = $2;
 
 -- name: add_partitions_ahead
--- Keep room for one whole partition beyond the one in use.
-select pgchannels.add_partitions(b.head + l.partition_size)
+-- Keep room for about one whole partition beyond the one in use; see the function for their width.
+select pgchannels.add_partitions(b.head + greatest(l.partition_size, (l.attached_to - l.floor) / 20))
   from pgchannels.bounds b cross join pgchannels.log l;
 
 -- name: aged_through
