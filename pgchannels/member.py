@@ -88,7 +88,10 @@ class Member:
             stream.close(error)
 
     def update(self, user_id: str | None, metadata: str | None) -> None:
-        """It is somebody else's, from now on."""
+        """It belongs to this user from now on, with this metadata."""
+        if (user_id, metadata) == (self.user_id, self.metadata):
+            return
+        self.version += 1
         before = set(self.inherited)
         self.user_id, self.metadata = user_id, metadata
         after = set(self.inherited)
@@ -97,3 +100,4 @@ class Member:
                 stream.unfollow_group(channel)
             for channel in after - before:
                 stream.follow_group(channel, None)
+            stream.owner_changed(user_id, metadata)

@@ -65,13 +65,21 @@ _CHECK_VIOLATION = "23514"
 
 
 class _Add(NamedTuple):
-    """A channel of this node's, new or changed."""
+    """A channel of this node, new or changed."""
 
     channel: str
     user_id: str | None
     metadata: str | None
     limits: Limits | None
-    """Under which it gets its place; None if it is no connection, and needs none."""
+    """Limits under which it gets its place; None to leave those of a known channel as they are."""
+    is_connection: bool
+    """Whether it needs a place."""
+
+
+class _Restore(NamedTuple):
+    """A channel of this node, as it is known here when its turn comes."""
+
+    channel: str
 
 
 class _Change(NamedTuple):
@@ -93,7 +101,7 @@ class _Remove(NamedTuple):
     channel: str
 
 
-_Request: TypeAlias = _Add | _Change | _Remove
+_Request: TypeAlias = _Add | _Restore | _Change | _Remove
 
 # Why one of them was refused.
 _Refusals: TypeAlias = dict[_Request, PGChannelsError]
@@ -179,7 +187,7 @@ class Members:
     ) -> str:
         name = new_name(prefix, self._name)
         try:
-            await self._changes.submit(_Add(name, user_id, metadata, limits))
+            await self._changes.submit(_Add(name, user_id, metadata, limits, limits is not None))
         except TooManyConnections:
             raise
         except BaseException:
@@ -191,12 +199,9 @@ class Members:
     async def update_channel(
         self, name: str, user_id: str | None, metadata: str | None, limits: Limits | None
     ) -> None:
-        member = self[name]
-        # Changed in any case, a connection goes on being one.
-        unlimited = None if member.limits is None else Limits()
-        await self._changes.submit(_Add(name, user_id, metadata, limits or unlimited))
-        member.update(user_id, metadata)
-        member.limits = limits or member.limits
+        # Without new limits it is changed in any case, and a connection goes on being one.
+        is_connection = limits is not None or self[name].limits is not None
+        await self._changes.submit(_Add(name, user_id, metadata, limits, is_connection))
 
     async def delete_channel(self, name: str) -> None:
         member = self._members.pop(name, None)
@@ -232,7 +237,6 @@ class Members:
                     "presence='user' needs a channel with a user: new_channel(user_id=…), or "
                     "identify() in a consumer"
                 ) from error
-            self._look(channel)  # it may have been done, and must then be known here
             raise
 
     # For the hub
@@ -327,8 +331,8 @@ class Members:
         try:
             # In line with what is asked for now: what has been ended meanwhile stays ended.
             members = list(self._members.values())
-            added = [_Add(m.name, m.user_id, m.metadata, m.limits) for m in members]
-            for member, error in zip(members, await self._submitted(added), strict=True):
+            restored = [_Restore(member.name) for member in members]
+            for member, error in zip(members, await self._submitted(restored), strict=True):
                 if error is not None:
                     self._end(member, error)
             memberships = [
@@ -407,8 +411,11 @@ class Members:
             self._to_look_at.update(names)
             return
         current: dict[str, dict[str, Any]] = {name: {} for name in names}
+        owners: dict[str, tuple[str | None, str | None]] = {}
         for row in rows:
-            if row["channel"] is not None:
+            if row["is_known"]:
+                owners[row["channel"]] = row["user_id"], row["metadata"]
+            if row["group_name"] is not None:
                 current[row["channel"]][row["group_name"]] = row
         for name, groups in current.items():
             member = self._members.get(name)
@@ -417,6 +424,8 @@ class Members:
             if member.version != versions.get(name):
                 self._look(name)  # what was read may be older than what is known
                 continue
+            if name in owners:
+                member.update(*owners[name])
             for group, row in groups.items():
                 member.joined(group, row["since"], row["presence"])
             for group in member.groups.keys() - groups.keys():
@@ -425,17 +434,36 @@ class Members:
     # What is asked for, together
 
     async def _change(self, requests: Sequence[_Request]) -> Sequence[PGChannelsError | None]:
+        try:
+            return await self._change_all(requests)
+        except BaseException:
+            # It may have been done all the same, and must then be known here. Not in the calls that
+            # asked for it: they may have been cancelled.
+            for request in requests:
+                self._look(request.channel)
+            raise
+
+    async def _change_all(self, requests: Sequence[_Request]) -> Sequence[PGChannelsError | None]:
         # Whatever fails half done may be done again as a whole. The later of two about one thing
         # counts; and a channel that goes, goes last.
         added = {r.channel: r for r in requests if isinstance(r, _Add)}
+        for request in requests:
+            member = self._members.get(request.channel)
+            if isinstance(request, _Restore) and member is not None:
+                added.setdefault(member.name, _as_known(member))
         changed = {(r.group, r.channel): r for r in requests if isinstance(r, _Change)}
         removed = {r.channel for r in requests if isinstance(r, _Remove)}
         refused: _Refusals = {}
-        if plain := [add for add in added.values() if add.limits is None]:
-            names, users, metadata, _ = zip(*plain, strict=True)
+        if plain := [add for add in added.values() if not add.is_connection]:
+            names, users, metadata, _, _ = zip(*plain, strict=True)
             await self._store.fetch("add_channels", names, self._id, users, metadata)
-        if connections := [add for add in added.values() if add.limits is not None]:
+        if connections := [add for add in added.values() if add.is_connection]:
             refused |= await self._admit(connections)
+        for add in added.values():
+            known = self._members.get(add.channel)
+            if known is not None and add not in refused:
+                known.update(add.user_id, add.metadata)
+                known.limits = add.limits or known.limits
         # Apart, for each has an order in which it locks rows.
         for adding in (False, True):
             some = [change for change in changed.values() if change.adding is adding]
@@ -447,12 +475,14 @@ class Members:
             await self._remove(removed)
         for request in requests:
             # What counted in the place of an earlier one answers for it.
-            if isinstance(request, _Add) and (error := refused.get(added[request.channel])):
-                refused[request] = error
+            counted = added.get(request.channel)
+            if isinstance(request, (_Add, _Restore)) and counted in refused:
+                refused[request] = refused[counted]
         return [refused.get(request) for request in requests]
 
     async def _admit(self, requests: Sequence[_Add]) -> _Refusals:
-        names, users, metadata, given = zip(*requests, strict=True)
+        names, users, metadata, _, _ = zip(*requests, strict=True)
+        given = [add.limits or Limits() for add in requests]
         rows = await self._store.fetch(
             "admit",
             self._id,
@@ -501,6 +531,11 @@ class Members:
         (row,) = await self._store.fetch("remove_channels", list(names), grace, self._id)
         if row[0]:
             self._wake_sequencer()
+
+
+def _as_known(member: Member) -> _Add:
+    is_connection = member.limits is not None
+    return _Add(member.name, member.user_id, member.metadata, member.limits, is_connection)
 
 
 def _refusal(scope: str, limit: int) -> PGChannelsError:

@@ -149,6 +149,7 @@ class Stream:
         self._closed = False
         self._error: BaseException | None = None
         self._on_end: Callable[[BaseException], None] | None = None
+        self._on_owner: Callable[[str | None, str | None], None] | None = None
 
     @property
     def truncated(self) -> bool:
@@ -198,6 +199,14 @@ class Stream:
         """
         self._on_end = call
         self._tell_end()
+
+    def on_owner(self, call: Callable[[str | None, str | None], None]) -> None:
+        """Call this with user and metadata (JSON) of the member, whenever they have changed.
+
+        It is called as soon as the change is known, also when the caller of ``update_channel()``
+        was cancelled. It must neither raise nor call the stream.
+        """
+        self._on_owner = call
 
     @property
     def pending(self) -> int:
@@ -287,6 +296,16 @@ class Stream:
         """For the member: it reads *channel* no more, unless it was asked for here."""
         if channel not in self._asked_for:
             self.leave(channel)
+
+    def owner_changed(self, user_id: str | None, metadata: str | None) -> None:
+        """For the member: it has another owner."""
+        if self._on_owner is not None:
+            self._on_owner(user_id, metadata)
+
+    def leave_unless_member(self, group: str) -> None:
+        """Stop reading *group*, unless the member is in it."""
+        if self._member is None or group not in self._member.groups:
+            self.leave(group)
 
     async def join_group(self, group: str, after: Position | str | None = None) -> None:
         """As ``join()``, for as long as the member is one of the group's: it is about to be."""

@@ -542,11 +542,14 @@ select pgchannels.remove_channels($1::text[], $2::interval, $3::uuid);
 select c.name from pgchannels.channels c where c.node = $1 limit $2;
 
 -- name: memberships_of
--- And whether the node $2 was alive: what lived by one that was declared dead is being removed, and
--- nobody has ended it.
-select n.is_alive, m.channel, m.group_name, m.since, m.presence
+-- A row at least for each channel, with its owner. And whether the node $2 was alive: the channels of
+-- a node that was declared dead are being removed, and no client has ended them.
+select n.is_alive, a.name as channel, c.name is not null as is_known, c.user_id, c.metadata,
+       m.group_name, m.since, m.presence
   from (select exists (select from pgchannels.nodes n where n.id = $2 and n.dead_since is null) as is_alive) n
-  left join pgchannels.memberships m on m.channel = any ($1::text[]) and m.left_at is null;
+ cross join unnest($1::text[]) a(name)
+  left join pgchannels.channels c on c.name = a.name
+  left join pgchannels.memberships m on m.channel = a.name and m.left_at is null;
 
 -- name: group_members
 select m.channel from pgchannels.memberships m where m.group_name = $1 and m.left_at is null order by m.channel;

@@ -521,6 +521,7 @@ class Connection(Reader):
             self._stream = stream
             # Also while whoever reads it is stuck in sending, and would not hear of it.
             stream.on_end(self._stream_ended)
+            stream.on_owner(self._owned_by)
             self.connections.enter(self)
             yield
 

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from pgchannels.channels import check_channel
 from pgchannels.errors import ChannelLayerClosed, InvalidChannel
 from pgchannels.messages import Position
@@ -96,11 +98,15 @@ class Reader(Life):
                 raise
             logger.debug("%r has ended, and is identified no more", self)
             return
-        self.user_id, self.metadata = user_id, metadata
+        # User and metadata have changed already, when the layer knew: see _owned_by().
         self._identified_at = before
         if position is not None:
             await self._stream.resume(position)
             self._resumed()
+
+    def _owned_by(self, user_id: str | None, metadata: str | None) -> None:
+        self.user_id = user_id
+        self.metadata = None if metadata is None else orjson.loads(metadata)
 
     async def join(self, group: str, after: Position | str | None = None) -> None:
         """Forward the messages of *group*, without being a member of it.
@@ -158,7 +164,8 @@ class Reader(Life):
                 await self.layer.group_add(group, self.channel_name, presence=presence, limit=limit)
             except BaseException:
                 if not known:
-                    self._stream.leave(group)
+                    # It may have become a member in the moment in which this was cancelled.
+                    self._stream.leave_unless_member(group)
                 raise
 
     async def group_discard(self, group: str) -> None:

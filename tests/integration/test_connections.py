@@ -339,6 +339,35 @@ class TestFunctions:
             assert socket.response is not None
             assert socket.response.headers["x-node"] == "1"
 
+    @pytest.mark.parametrize("done", [True, False])
+    async def test_a_group_that_was_being_joined_when_its_code_was_cancelled(
+        self, *, done: bool
+    ) -> None:
+        """It is read if the connection has become a member in that moment, and only then."""
+
+        class Cancelled(MemoryLayer):
+            async def group_add(self, *args: Any, **options: Any) -> None:
+                if done:
+                    await super().group_add(*args, **options)
+                raise asyncio.CancelledError
+
+        read: list[frozenset[str]] = []
+
+        async def endpoint(connection: Connection) -> None:
+            with suppress(asyncio.CancelledError):
+                await connection.group_add("room")
+            read.append(connection.groups)
+            await room(connection)
+
+        async with (
+            Cancelled() as layer,
+            serving(ConnectionManager(layer), endpoint) as address,
+            address() as socket,
+        ):
+            await ready(socket)
+            assert bool(await layer.group_members("room")) is done
+        assert read == [frozenset(["room"] if done else [])]
+
     async def test_what_it_says_of_itself(self, memory: MemoryLayer) -> None:
         found: list[Connection] = []
 

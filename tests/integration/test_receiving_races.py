@@ -17,8 +17,8 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from pgchannels import PostgresLayer, Settings, receivers
-from pgchannels.channels import new_name, presence_channel
+from pgchannels import Limits, PostgresLayer, Settings, receivers
+from pgchannels.channels import new_name, presence_channel, user_channel
 from pgchannels.connections import connect
 from pgchannels.records import PresenceBy
 from pgchannels.sql import load_queries
@@ -433,6 +433,54 @@ class TestMemberships:
                     assert changing.cancelled()
                 await eventually(lambda: stream.reads("room") is adding)
             assert await layer.group_members("room") == [name][: int(adding)]
+
+    @pytest.mark.parametrize("cancelled", [True, False])
+    @pytest.mark.parametrize("answer_lost", [True, False])
+    async def test_an_owner_changes_in_the_row_and_in_the_process_or_in_neither(
+        self, sessions: Sessions, database_url: str, *, cancelled: bool, answer_lost: bool
+    ) -> None:
+        """The caller was cancelled, the answer of the database was lost, or both."""
+        holder, _, watcher = sessions
+        owners: list[tuple[str | None, str | None]] = []
+        async with (
+            asyncio.timeout(60),
+            TcpProxy(database_url) as proxy,
+            PostgresLayer(Settings(database_url=proxy.url, poll_interval=0.1)) as layer,
+        ):
+            name = await layer.new_channel(user_id="u", limits=Limits())
+            async with layer.subscribe(member=name) as stream:
+                stream.on_owner(lambda *owner: owners.append(owner))
+                async with held(holder, "lock table pgchannels.channels in share mode"):
+                    changing = asyncio.create_task(
+                        layer.update_channel(name, user_id="v", metadata={"n": 1})
+                    )
+                    await eventually(blocked(watcher))
+                    if cancelled:
+                        changing.cancel()
+                        await asyncio.wait([changing])
+                    if answer_lost:
+                        await proxy.cut()
+                if answer_lost:
+                    proxy.resume()
+                await asyncio.wait([changing])
+
+                async def agree() -> Any:
+                    user = await watcher.value("select user_id from pgchannels.channels")
+                    other = "v" if user == "u" else "u"
+                    return (
+                        await watcher.value(
+                            "select count(*) = 0 from pg_stat_activity where query like '%admit%'"
+                            " and datname = current_database() and state = 'active'"
+                            " and pid <> pg_backend_pid()"
+                        )
+                        and stream.reads(user_channel(user))
+                        and not stream.reads(user_channel(other))
+                        and [owner for owner, _ in owners[-1:]] == ["v"][: int(user == "v")]
+                    )
+
+                await eventually(agree, timeout=20)
+                if not answer_lost:
+                    assert owners == [("v", '{"n":1}')]
 
     async def test_a_node_that_does_not_know_of_its_death_adds_none(
         self, sessions: Sessions
