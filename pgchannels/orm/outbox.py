@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from sqlalchemy import (
     select,
     true,
 )
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import registry
 
 from pgchannels.layer import ChannelLayer, outgoing
@@ -37,7 +40,9 @@ from pgchannels.schema import EncodedJSON, outbox
 from pgchannels.settings import Settings
 from pgchannels.waker import waker_for
 
-__all__ = ["Entry", "Outlet", "entry_class", "write"]
+__all__ = ["Entry", "Outlet", "entry_class", "write", "write_alone"]
+
+logger = logging.getLogger("pgchannels.orm")
 
 
 class Outlet(NamedTuple):
@@ -162,6 +167,72 @@ def _claim(schema: str) -> Select[tuple[list[bool]]]:
             type_=ARRAY(Boolean),
         )
     )
+
+
+def write_alone(
+    bind: Engine | Connection, settings: Settings, messages: Sequence[Outgoing]
+) -> bool:
+    """Insert *messages* in a transaction of their own, and commit it; return whether it has worked.
+
+    If that fails before the COMMIT, it is tried once more, at once: a connection from a pool may
+    have died since its last use. After the COMMIT was sent nobody knows whether the messages have
+    been published. Then they are not tried again, so that none comes twice. The failure is logged,
+    with the channels, and without the payloads.
+
+    On a connection that is in a transaction, which somebody else will commit, it is a savepoint.
+
+    Raises:
+        BaseException: a cancellation or an interrupt, when all this has been done; no other error.
+    """
+    error, is_written = _attempt(bind, settings, messages)
+    errors = [error]
+    if error is not None and not is_written:
+        error, is_written = _attempt(bind, settings, messages)
+        errors.append(error)
+    if error is not None:
+        logger.error(
+            "%d messages that were published after a commit %s lost, on %s: %s",
+            len(messages),
+            "may be" if is_written else "are",
+            ", ".join(sorted({message.channel for message in messages})),
+            _reason(error),
+        )
+    for each in errors:
+        if each is not None and not isinstance(each, Exception):
+            raise each
+    return error is None
+
+
+def _attempt(
+    bind: Engine | Connection, settings: Settings, messages: Sequence[Outgoing]
+) -> tuple[BaseException | None, bool]:
+    """Return what went wrong, if anything, and whether the messages had been written by then."""
+    is_written = False
+    try:
+        with _transaction(bind) as connection:
+            write(connection, settings, messages)
+            is_written = True
+    except BaseException as error:  # noqa: BLE001  # write_alone() raises it again
+        return error, is_written
+    return None, is_written
+
+
+def _transaction(bind: Engine | Connection) -> AbstractContextManager[Connection]:
+    if isinstance(bind, Engine):
+        return bind.begin()
+    return _transaction_on(bind)
+
+
+@contextmanager
+def _transaction_on(connection: Connection) -> Iterator[Connection]:
+    with connection.begin_nested() if connection.in_transaction() else connection.begin():
+        yield connection
+
+
+def _reason(error: BaseException) -> str:
+    """An error in one line, without the statement's parameters, which SQLAlchemy appends."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return next(iter(str(cause).splitlines()), "") or type(cause).__name__
 
 
 @cache

@@ -6,7 +6,7 @@ session without a commit; and before a savepoint, a query or a commit there is a
 the entries and the messages of models go into the outbox, by one insert in the session's
 transaction. Only then: of two transactions that change the same row, one waits for the other, and
 what it publishes must have the later place in the outbox. After a commit only the sequencer is
-woken.
+woken, unless an event of the commit itself has published: see :mod:`pgchannels.orm.endings`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from pgchannels.addresses import address_of
 from pgchannels.errors import ConfigurationError, InvalidChannel, InvalidMessage
 from pgchannels.layer import ChannelLayer
 from pgchannels.memory import MemoryLayer
-from pgchannels.orm import flushes
+from pgchannels.orm import endings, flushes
 from pgchannels.orm.bulk import wrap_bulk_save
 from pgchannels.orm.flushes import Flush
-from pgchannels.orm.outbox import Entry, Outlet, entry_class, write
+from pgchannels.orm.outbox import Entry, Outlet, entry_class, write, write_alone
 from pgchannels.records import Outgoing
 from pgchannels.settings import Settings
 from pgchannels.transactions import check_transaction
@@ -51,6 +51,7 @@ Target: TypeAlias = (
     | sessionmaker[Any]
     | async_sessionmaker[Any]
     | scoped_session[Any]
+    | async_scoped_session[Any]
 )
 
 _NOT_GIVEN: Any = object()
@@ -72,8 +73,9 @@ def install(
     """Make the sessions of *target* able to publish. Doing it again replaces *layer*.
 
     Args:
-        target: a ``sessionmaker`` or ``async_sessionmaker``, a ``scoped_session``, or a subclass of
-            ``Session`` or ``AsyncSession``: of its later sessions.
+        target: a ``sessionmaker``, ``async_sessionmaker``, ``scoped_session`` or
+            ``async_scoped_session``, or a subclass of ``Session`` or ``AsyncSession``. Sessions
+            that it has made before are not prepared.
         layer: this process's layer, to be woken after commits. In a process without one, a thread
             with one connection tells the nodes (see :mod:`pgchannels.waker`).
         settings: which schema, and how large a message may be; the layer's by default, else from
@@ -93,6 +95,7 @@ def install(
     listening = session_class in _outlets
     _outlets[session_class] = Outlet(settings, layer)
     if not listening:
+        event.listen(session_class, "after_transaction_create", endings.begun)
         event.listen(session_class, "before_flush", _before_flush)
         event.listen(session_class, "after_flush", _after_flush)
         event.listen(session_class, "after_flush_postexec", _after_flush_postexec)
@@ -168,10 +171,17 @@ def publish(  # type: ignore[misc]  # without a channel, the payload takes its p
         publish(session, {"type": "maintenance"}, everyone=True)
         publish(session, message, to=[channel, ...])  # several connections
 
-    An ordinary call, also on an ``AsyncSession``, and inside of mapper and flush events. Nothing is
+    An ordinary call, also on an ``AsyncSession``, and inside of SQLAlchemy's events. Nothing is
     sent to the database before the next flush, which writes the session's objects first. Messages
     are in the order of the calls, and ahead of those of the models that the same flush writes.
     Until then they are pending objects of the session, and ``session.expunge_all()`` drops them.
+
+    In ``after_commit``, and at the end of a transaction that was committed
+    (``after_transaction_end``), the message can no longer commit with the data. It is published in
+    a transaction of its own, on another connection of the session's engine, before ``commit()``
+    returns. If that fails twice, ``commit()`` raises nothing; the logger ``pgchannels.orm`` says at
+    ERROR on which channels how many messages are lost. A savepoint's end is not the end of its
+    transaction, which the message is a part of.
 
     Of two transactions that change the same row, readers get the messages of the one that had to
     wait second, if these were published with the flush that writes the row, or later. So call it
@@ -199,7 +209,8 @@ def publish(  # type: ignore[misc]  # without a channel, the payload takes its p
         InvalidMessage: for a bad channel, user, payload, ttl or key, or for several addresses.
         ConfigurationError: if the session was not prepared by :func:`install`, is bound to another
             database than PostgreSQL, or commits each statement by itself (AUTOCOMMIT). The last is
-            seen at the flush, before anything is written.
+            seen at the flush, before anything is written. Also if its transaction has been rolled
+            back, or prepared: in ``after_rollback``, say, or after a flush that failed.
     """
     if payload is _NOT_GIVEN:
         channel, payload = None, channel
@@ -216,16 +227,20 @@ def publish(  # type: ignore[misc]  # without a channel, the payload takes its p
     if _CHECKED not in sync_session.info:
         _check_bind(sync_session, entries)
         sync_session.info[_CHECKED] = True
-    entry = entries(
-        outlet.message(
-            address.channel, payload, ttl=ttl, headers=headers, key=key, extra=address.headers
-        )
+    message = outlet.message(
+        address.channel, payload, ttl=ttl, headers=headers, key=key, extra=address.headers
     )
+    if endings.is_committed(sync_session):
+        if not endings.gather(sync_session, message):
+            _publish_alone(sync_session, [message])
+        return
+    entry = entries(message)
     flush = flushes.current(sync_session) if sync_session._flushing else None  # noqa: SLF001
     if flush is None:
         sync_session.add(entry)
         return
-    _connect(sync_session)
+    if not endings.is_connecting(sync_session):
+        _connect(sync_session)
     # What Session.add() itself asks, to warn: an event inside a flush.
     if flush.is_written or sync_session._warn_on_events:  # noqa: SLF001
         flush.entries.append(entry)
@@ -236,7 +251,7 @@ def publish(  # type: ignore[misc]  # without a channel, the payload takes its p
 
 def _session_class(target: Target) -> type[Session]:
     match target:
-        case scoped_session():
+        case scoped_session() | async_scoped_session():
             return _session_class(target.session_factory)
         case sessionmaker():
             return target.class_
@@ -252,8 +267,8 @@ def _session_class(target: Target) -> type[Session]:
             return target
         case _:
             raise ConfigurationError(
-                "install() takes a sessionmaker, an async_sessionmaker, a scoped_session or a "
-                f"session class, not {target!r}"
+                "install() takes a sessionmaker, an async_sessionmaker, a scoped_session, an "
+                f"async_scoped_session or a session class, not {target!r}"
             )
 
 
@@ -369,10 +384,13 @@ def _before_flush(session: Session, context: UOWTransaction, _: object) -> None:
     waiting = _waiting(session)
     if not waiting:
         return
-    connection = _connect(session)  # now, before anything is written
-    if _has_work(session):
+    has_work = _has_work(session)
+    if has_work:
+        # Before connecting: an event of that may publish, too.
         for entry in waiting:
             flush.hold(entry)
+    connection = _connect(session)  # now, before anything is written
+    if has_work:
         return
     # There are no rows that it could have to wait for, and no need of a flush.
     _insert(session, connection, [entry.message for entry in waiting])
@@ -397,17 +415,41 @@ def _after_commit(session: Session) -> None:
     # session in a state that it cannot get out of, so none may leave: the commit has succeeded.
     if session.in_nested_transaction():
         return
+    late = endings.committed(session)
+    if session.new:
+        # From an event of the driver's, say, when the last flush was over.
+        late[:0] = _take_waiting(session)
     engine = session.info.pop(_PUBLISHED, None)
-    if engine is None:
-        return
+    if engine is not None:
+        _wake(session, engine)
+
+
+def _take_waiting(session: Session) -> list[Outgoing]:
+    """Take the entries that wait in *session* out of it."""
+    waiting = _waiting(session)
+    for entry in waiting:
+        session.expunge(entry)
+    return [entry.message for entry in waiting]
+
+
+def _publish_alone(session: Session, messages: Sequence[Outgoing]) -> None:
+    """Publish *messages* of *session*, which has been committed without them."""
+    settings = _outlet(session).settings
+    # Not by the session: to use it would begin its next transaction.
+    bind = session.get_bind(**_bind_arguments(entry_class(settings.schema_name)))
+    if write_alone(bind, settings, messages):
+        _wake(session, bind.engine)
+
+
+def _wake(session: Session, engine: Engine) -> None:
     try:
         _outlet(session).wake(engine)
     except ConfigurationError as error:
         if engine not in _unreachable:
             _unreachable.add(engine)
-            logger.warning("nodes find by polling what is published: %s", error)
+            logger.warning("cannot wake the sequencer; messages are found by polling: %s", error)
     except Exception:
-        logger.exception("the sequencer could not be woken; what was published will be found")
+        logger.exception("cannot wake the sequencer; messages are found by polling")
 
 
 def _after_soft_rollback(session: Session, _: SessionTransaction) -> None:
@@ -417,6 +459,17 @@ def _after_soft_rollback(session: Session, _: SessionTransaction) -> None:
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
     # However it ended; after a rollback there is nothing to wake the sequencer for.
-    if transaction.parent is None:
-        session.info.pop(_PUBLISHED, None)
-        flushes.end(session)
+    if transaction.parent is not None:
+        return
+    session.info.pop(_PUBLISHED, None)
+    flushes.end(session)
+    late = endings.ended(session)
+    if session.new and not session.in_transaction() and (waiting := _take_waiting(session)):
+        # What waits in a session is dropped when it is closed, before its events are called.
+        logger.warning(
+            "%d messages are dropped that were published while a session was being closed, on %s",
+            len(waiting),
+            ", ".join(sorted({message.channel for message in waiting})),
+        )
+    if late:
+        _publish_alone(session, late)

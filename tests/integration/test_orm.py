@@ -376,6 +376,18 @@ class TestAsync:
         await registry.remove()
         assert log.read() == [1]
 
+    async def test_installing_a_scoped_session(
+        self, async_engine: AsyncEngine, counter: WakeCounter, log: Log
+    ) -> None:
+        maker = async_sessionmaker(async_engine)
+        registry = async_scoped_session(maker, scopefunc=asyncio.current_task)
+        install(registry, counter.layer)
+        publish(registry, "room", {"n": 1})
+        await registry.commit()
+        await registry.remove()
+        assert log.read() == [1]
+        assert counter.woken == 1
+
     async def test_a_class(self, async_engine: AsyncEngine, counter: WakeCounter, log: Log) -> None:
         class Mine(AsyncSession):
             pass
