@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from pgchannels.settings import Settings
 
-__all__ = ["Waker", "waker_for"]
+__all__ = ["Waker", "close_wakers", "waker_for"]
 
 logger = logging.getLogger("pgchannels.waker")
 
@@ -145,9 +145,12 @@ class Waker:
             sender.wake()
 
     def close(self, timeout: float = _EXIT_TIME) -> None:
-        """Send what is still to be sent, and end the thread; wait so many seconds for it at most.
+        """Send what is still to be sent, close the connection, and end the thread.
 
         The next ``wake()`` starts it again. Does nothing if it does not run.
+
+        Args:
+            timeout: seconds to wait for that.
         """
         thread = self.stop()
         if thread is not None:
@@ -369,9 +372,16 @@ def _for_driver(url: str) -> str:
     return parts._replace(query=urlencode(parameters, quote_via=quote)).geturl()
 
 
-def _close_all() -> None:
-    """At exit: all at the same time, within the time for one."""
-    ends_at = time.monotonic() + _EXIT_TIME
+def close_wakers(timeout: float = _EXIT_TIME) -> None:
+    """Close the wakers of this process, all at the same time; see :meth:`Waker.close`.
+
+    Done at exit by itself. Tests need it before they drop a database: the connection of a waker
+    stays for a minute after the last commit.
+
+    Args:
+        timeout: seconds to wait for all of them together.
+    """
+    ends_at = time.monotonic() + timeout
     for thread in [waker.stop() for waker in list(_wakers.values())]:
         if thread is not None:
             thread.join(max(0.0, ends_at - time.monotonic()))
@@ -382,6 +392,6 @@ def _forked() -> None:
         waker.forked()
 
 
-atexit.register(_close_all)
+atexit.register(close_wakers)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)

@@ -632,6 +632,41 @@ class TestUpdates:
             ("versions", {"type": "things.updated", "key": {"id": 1}, "new": {"version": 2}})
         ]
 
+    def test_many_to_many_is_for_watch(
+        self, engine: sa.Engine, make: sessionmaker[Session], log: Log, base: Any
+    ) -> None:
+        """Rows of an association table are no objects, so only watch() tells of them."""
+        tagged = sa.Table(
+            "tagged",
+            base.metadata,
+            sa.Column("thing_id", sa.ForeignKey("things.id"), primary_key=True),
+            sa.Column("tag_id", sa.ForeignKey("tags.id"), primary_key=True),
+        )
+
+        class Tag(base):  # type: ignore[misc]
+            __tablename__ = "tags"
+            id: Mapped[int] = mapped_column(primary_key=True)
+
+        @publishes("things:{id}", on="update")
+        class Thing(base):  # type: ignore[misc]
+            __tablename__ = "things"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            tags: Mapped[list[Tag]] = orm.relationship(secondary=tagged)
+
+        base.metadata.create_all(engine)
+        with make() as session:
+            session.execute(sa.text("select pgchannels.watch('tagged', 'things:{thing_id}')"))
+            session.add(thing := Thing(id=1))
+            session.commit()
+            thing.tags.append(Tag(id=7))
+            session.commit()
+            thing.tags.clear()
+            session.commit()
+        assert [(channel, payload["type"]) for channel, payload in log.messages()] == [
+            ("things:1", "tagged.inserted"),
+            ("things:1", "tagged.deleted"),
+        ]
+
     def test_composites_and_synonyms(
         self, engine: sa.Engine, make: sessionmaker[Session], log: Log, base: Any
     ) -> None:

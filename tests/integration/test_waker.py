@@ -14,10 +14,16 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import sessionmaker
 
 from pgchannels import PostgresLayer, Settings
+from pgchannels.embedded import EmbeddedPostgres
 from pgchannels.errors import ConfigurationError
-from pgchannels.waker import Waker, waker_for
+from pgchannels.migrate import upgrade
+from pgchannels.orm import install
+from pgchannels.orm import publish as publish_in
+from pgchannels.waker import Waker, close_wakers, waker_for
 from tests.support.eventually import eventually
 from tests.support.processes import Processes
 from tests.support.tcp_proxy import TcpProxy
@@ -263,6 +269,27 @@ def test_closing_what_does_not_run_does_nothing(waker: Waker) -> None:
     waker.wake()
     waker.close(SOON)
     waker.close()
+
+
+async def test_a_database_can_be_dropped_once_the_wakers_of_its_sessions_are_closed(
+    postgres: EmbeddedPostgres, database_url: str, connection: asyncpg.Connection
+) -> None:
+    await connection.execute("create database copy template template0")
+    url = postgres.url("copy")
+    try:
+        await asyncio.to_thread(upgrade, url)
+        engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+        maker = sessionmaker(engine)
+        install(maker, settings=Settings(database_url=url))
+        with maker.begin() as session:
+            publish_in(session, "a", {})
+        engine.dispose()
+        await eventually(lambda: connection.fetch(WAKERS + " and datname = 'copy'"))
+        await asyncio.to_thread(close_wakers, SOON)
+        assert not waker_threads()
+    finally:
+        # It waits for sessions that are about to end, and for no others.
+        await connection.execute("drop database copy")
 
 
 def test_nothing_opens_before_the_first_wake_up(waker: Waker) -> None:
