@@ -50,9 +50,14 @@ class Member:
 
     @property
     def inherited(self) -> Iterator[str]:
-        """What it reads because of what it is, besides its groups."""
+        """Channels that it reads because of what it is, besides its groups."""
         yield self.name
         yield DIRECT
+        yield from self.shared
+
+    @property
+    def shared(self) -> Iterator[str]:
+        """Those of them that hold what is for others too: for everyone, and for its user."""
         yield EVERYONE
         if self.user_id is not None:
             yield user_channel(self.user_id)

@@ -315,9 +315,10 @@ class Stream:
             self._asked_for.discard(group)
 
     async def resume(self, after: Position | str) -> None:
-        """Read again, after a position, what a member reads without having joined it.
+        """Read again, after a position, what was sent to the member's user and to everyone.
 
-        That is what was sent to its user and to everyone. Only for a stream with a member.
+        What was sent to the member itself goes on as it was: a channel that is new has missed
+        nothing. Only for a stream with a member.
 
         Raises:
             InvalidPosition, DatabaseUnavailable: as ``join()``.
@@ -326,7 +327,8 @@ class Stream:
         if self._member is None:
             raise RuntimeError("only a stream that was subscribed with member= can resume")
         start = await self._start(Position.parse(after))
-        self._add(tuple(self._member.inherited), start)
+        # Not the channel of direct messages: all those of others would be read for nothing.
+        self._add(tuple(self._member.shared), start)
 
     def close(self, error: BaseException | None = None) -> None:
         """Let go of everything. A task that waits here gets *error*, or the end."""
