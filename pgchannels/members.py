@@ -4,8 +4,8 @@ A node renews one row; none of its connections has a heartbeat in the database. 
 out, any other node removes what lived by it, and tells who has left.
 
 Joins and leaves of many connections go into set-based statements, in the order in which they were
-asked for. Memberships of another node's channels, and of ordinary ones, are told of in the log, by
-a message that names the channels: whoever has one of them here looks at its groups.
+asked for. Changes to memberships of another node's channels, and of ordinary ones, are published in
+the log, by a message that names the channels: a node that has one of them looks at its groups.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ _CLOSING_TIME = 2.0
 _EPHEMERAL_TIME = timedelta(seconds=10)
 # The lease is renewed so many times before it runs out, or every heartbeat.
 _RENEWALS = 5
+
+# Bytes of a message that names channels: more than those of one transaction take.
+_MAX_NEWS = 1 << 20
 
 _CHECK_VIOLATION = "23514"
 
@@ -242,7 +245,11 @@ class Members:
     # For the hub
 
     def offer(self, message: Message) -> None:
-        """Somebody says that memberships have changed. Anyone may; it is a reason to look."""
+        """A node says that memberships have changed; it is a reason to look."""
+        if message.size > _MAX_NEWS:
+            # Parsing it would keep the event loop for longer than looking at all does.
+            self.missed()
+            return
         # It is the library's own, whatever the layer's serialiser makes of it.
         names = (message.document or {}).get("channels")
         if isinstance(names, list):

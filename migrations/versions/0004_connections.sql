@@ -65,11 +65,12 @@ begin
 end
 $$;
 
--- What is in the log is taken for a node's word where it tells nodes what to do: a publisher, which
--- may insert any channel's name, must not give commands. Looked at where the name is this one only.
--- The rows that are there pass: it is whoever migrates that they are judged by.
+-- Nodes obey what is in the first of these channels, and look at each name in the second: a publisher,
+-- which may insert any other channel's name, must not write there. Rights are only looked up for these
+-- names. Rows that are there already pass the check: it is made with the rights of the migrating role.
 alter table pgchannels.outbox add constraint outbox_commands_are_nodes check (
-    channel <> 'pgchannels:commands' or has_function_privilege('pgchannels.seal(integer)', 'execute'));
+    channel not in ('pgchannels:commands', 'pgchannels:members')
+    or has_function_privilege('pgchannels.seal(integer)', 'execute'));
 
 create table pgchannels.revocations (
     kind text not null,

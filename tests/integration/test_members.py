@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
@@ -15,6 +16,8 @@ import pytest
 from psycopg.rows import scalar_row
 
 from pgchannels import InvalidPayload, Message, PostgresLayer, Settings, Stream
+from pgchannels.channels import DIRECT, EVERYONE, user_channel
+from pgchannels.records import LogPage
 from tests.support.eventually import eventually
 from tests.support.pruning import only_by_hand, prune
 
@@ -373,6 +376,56 @@ class TestForgery:
             async with asyncio.timeout(10):
                 assert (await receiving)["n"] == 1
         assert worse_than(caplog, logging.INFO) == []
+
+    async def test_a_new_channel_does_not_read_what_was_sent_directly_to_others(
+        self, layer: PostgresLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From whatever position its client resumes."""
+        old = await layer.new_channel()
+        async with layer.subscribe(member=old) as stream:
+            for n in range(3):
+                await layer.send_to([old], {"n": n})
+            sent = (await take(stream, 3))[-1]
+        hub = layer._opened.hub
+        read: list[tuple[tuple[str, ...], int]] = []
+        replay = hub.replay
+
+        async def noted(channels: tuple[str, ...], after: int) -> LogPage:
+            read.append((channels, after))
+            return await replay(channels, after)
+
+        monkeypatch.setattr(hub, "replay", noted)
+        new = await layer.new_channel(user_id="u")
+        async with layer.subscribe(member=new) as stream:
+            await layer.send_to([new], {"n": 3})
+            assert [m["n"] for m in await take(stream, 1)] == [3]
+            await layer.send_to_user("u", {"n": 4})
+            assert [m["n"] for m in await take(stream, 1)] == [4]
+            await stream.resume(str(sent.position))
+            assert [m["n"] for m in await take(stream, 1)] == [4]
+        assert {channels for channels, after in read if after == sent.id} == {
+            (EVERYONE,),
+            (user_channel("u"),),
+        }
+        assert [after for channels, after in read if DIRECT in channels and after <= sent.id] == []
+
+    async def test_news_that_names_too_many_channels_is_not_parsed(
+        self, layer: PostgresLayer
+    ) -> None:
+        """It is a reason to look at all: that keeps the event loop for less time."""
+
+        class Unread(Message):
+            @property
+            def document(self) -> dict[str, Any] | None:
+                raise AssertionError
+
+        name = await layer.new_channel()
+        now = datetime.now(UTC)
+        members = layer._opened.members
+        members.offer(Unread(1, "pgchannels:members", "{}", now, (1 << 20) + 1, 1))
+        assert members._to_look_at == {name}
+        with pytest.raises(AssertionError):
+            members.offer(Unread(1, "pgchannels:members", "{}", now, 1 << 20, 1))
 
     async def test_news_of_memberships(
         self, layer: PostgresLayer, connection: Connection, caplog: pytest.LogCaptureFixture

@@ -16,7 +16,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from pgchannels import Command, InvalidChannel, PostgresLayer, Settings
-from pgchannels.channels import COMMANDS
+from pgchannels.channels import COMMANDS, MEMBERS
 from pgchannels.orm import install, publish
 from pgchannels.sql import load_queries
 from pgchannels.testing.support import listening
@@ -133,6 +133,7 @@ class TestNobodyElse:
     def test_a_publisher_that_inserts_by_itself(
         self, database_url: str, connection: Connection
     ) -> None:
+        """Neither commands nor news of memberships."""
         connection.execute("create role commanding login")
         try:
             connection.execute("select pgchannels.grant_access('publisher', 'commanding')")
@@ -140,16 +141,19 @@ class TestNobodyElse:
             connection.execute(
                 "insert into pgchannels.outbox (channel, payload) values ('a', '{}')"
             )
-            with pytest.raises(psycopg.errors.CheckViolation, match="outbox_commands_are_nodes"):
-                connection.execute(
-                    "insert into pgchannels.outbox (channel, payload) values (%s, '{}')", [COMMANDS]
-                )
+            for channel in (COMMANDS, MEMBERS):
+                with pytest.raises(psycopg.errors.CheckViolation, match="commands_are_nodes"):
+                    connection.execute(
+                        "insert into pgchannels.outbox (channel, payload) values (%s, '{}')",
+                        [channel],
+                    )
             connection.execute("reset role")
             connection.execute("select pgchannels.grant_access('node', 'commanding')")
             connection.execute("set role commanding")
-            connection.execute(
-                "insert into pgchannels.outbox (channel, payload) values (%s, '{}')", [COMMANDS]
-            )
+            for channel in (COMMANDS, MEMBERS):
+                connection.execute(
+                    "insert into pgchannels.outbox (channel, payload) values (%s, '{}')", [channel]
+                )
         finally:
             connection.execute("reset role")
             connection.execute("drop owned by commanding")
