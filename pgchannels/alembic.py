@@ -3,7 +3,8 @@
 Importing this module, in ``env.py``, adds operations for use in revisions:
 
 - ``op.pgchannels_upgrade(to="0004")`` and ``op.pgchannels_downgrade(to="base")``;
-- ``op.pgchannels_watch("orders", "orders:{customer_id}")`` and ``op.pgchannels_unwatch("orders")``.
+- ``op.pgchannels_watch("orders", "orders:{customer_id}")``, or ``user="{customer_id}"`` instead of
+  a channel, and ``op.pgchannels_unwatch("orders")``.
 
 They run in the migration's own transaction, or are written to its script (``--sql``), and need to
 know nothing of the database: each statement finds out for itself whether there is something to do.
@@ -95,16 +96,20 @@ class WatchOp(MigrateOperation):
     def __init__(
         self,
         table: str,
-        channel: str,
+        channel: str | None = None,
         *,
+        user: str | None = None,
         columns: Iterable[str] | None = None,
         condition: str | None = None,
         on: Iterable[str] = ("insert", "update", "delete"),
         table_schema: str | None = None,
         schema: str = "pgchannels",
     ) -> None:
+        if (channel is None) == (user is None):
+            raise ConfigurationError("a watch has a channel or a user=: call it once for each")
         self.table = table
         self.channel = channel
+        self.user = user
         self.columns = None if columns is None else _names("columns", columns)
         self.condition = condition
         self.on = _names("on", on)
@@ -116,8 +121,9 @@ class WatchOp(MigrateOperation):
         cls,
         operations: Operations,
         table: str,
-        channel: str,
+        channel: str | None = None,
         *,
+        user: str | None = None,
         columns: Iterable[str] | None = None,
         condition: str | None = None,
         on: Iterable[str] = ("insert", "update", "delete"),
@@ -132,6 +138,7 @@ class WatchOp(MigrateOperation):
         Args:
             table: its name as it is, ``Orders`` and not ``"Orders"``.
             channel: where to; ``{column}`` stands for a value of the row, ``{{`` for a brace.
+            user: instead of a channel, the id of the user whose connections get the messages.
             columns: that messages have, and of which an UPDATE must change one; None for all.
             condition: a jsonpath predicate over ``{"new": …, "old": …}``.
             on: some of insert, update and delete.
@@ -139,13 +146,14 @@ class WatchOp(MigrateOperation):
             schema: of pgchannels, ``Settings.schema_name``.
 
         Raises:
-            ConfigurationError: this is not PostgreSQL.
+            ConfigurationError: this is not PostgreSQL, or not one of channel and user is given.
             sqlalchemy.exc.DBAPIError: no such table or column, an invalid channel or condition.
         """
         operations.invoke(
             cls(
                 table,
                 channel,
+                user=user,
                 columns=columns,
                 condition=condition,
                 on=on,
@@ -158,6 +166,7 @@ class WatchOp(MigrateOperation):
         return UnwatchOp(
             self.table,
             self.channel,
+            user=self.user,
             table_schema=self.table_schema,
             schema=self.schema,
             _reverse=self,
@@ -173,12 +182,14 @@ class UnwatchOp(MigrateOperation):
         table: str,
         channel: str | None = None,
         *,
+        user: str | None = None,
         table_schema: str | None = None,
         schema: str = "pgchannels",
         _reverse: WatchOp | None = None,
     ) -> None:
         self.table = table
         self.channel = channel
+        self.user = user
         self.table_schema = table_schema
         self.schema = _schema(schema)
         self._reverse = _reverse
@@ -190,6 +201,7 @@ class UnwatchOp(MigrateOperation):
         table: str,
         channel: str | None = None,
         *,
+        user: str | None = None,
         table_schema: str | None = None,
         schema: str = "pgchannels",
     ) -> None:
@@ -197,9 +209,9 @@ class UnwatchOp(MigrateOperation):
 
         Args:
             table, table_schema, schema: as they were given to ``pgchannels_watch``.
-            channel: likewise; None for all of the table's.
+            channel, user: likewise; without both, all of the table's.
         """
-        operations.invoke(cls(table, channel, table_schema=table_schema, schema=schema))
+        operations.invoke(cls(table, channel, user=user, table_schema=table_schema, schema=schema))
 
     def reverse(self) -> WatchOp:
         if self._reverse is None:
@@ -223,7 +235,7 @@ def _watch(operations: Operations, operation: WatchOp) -> None:
     columns = "null" if operation.columns is None else _array(operation.columns)
     condition = "null" if operation.condition is None else _literal(operation.condition)
     call = (
-        f'perform "{operation.schema}".watch({_relation(operation)}, {_literal(operation.channel)},'
+        f'perform "{operation.schema}".watch({_relation(operation)}, {_address(operation)},'
         f" columns => {columns}, condition => {condition}, operations => {_array(operation.on)});"
     )
     _run(operations, [block(call, operation.schema)])
@@ -231,8 +243,7 @@ def _watch(operations: Operations, operation: WatchOp) -> None:
 
 @Operations.implementation_for(UnwatchOp)
 def _unwatch(operations: Operations, operation: UnwatchOp) -> None:
-    channel = "null" if operation.channel is None else _literal(operation.channel)
-    call = f'perform "{operation.schema}".unwatch({_relation(operation)}, {channel});'
+    call = f'perform "{operation.schema}".unwatch({_relation(operation)}, {_address(operation)});'
     _run(operations, [block(call, operation.schema)])
 
 
@@ -300,6 +311,12 @@ def _relation(operation: WatchOp | UnwatchOp) -> str:
         names.insert(0, operation.table_schema)
     quoted = ('"' + name.replace('"', '""') + '"' for name in names)
     return _literal(".".join(quoted)) + "::regclass"
+
+
+def _address(operation: WatchOp | UnwatchOp) -> str:
+    if operation.user is not None:
+        return f"user_id => {_literal(operation.user)}"
+    return "null" if operation.channel is None else _literal(operation.channel)
 
 
 def _array(values: list[str]) -> str:

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgchannels import migrate, shell
+from pgchannels.addresses import address_of
 from pgchannels.errors import ConfigurationError, DatabaseError, PGChannelsError
 from pgchannels.postgres_follower import MAX_LAG, follower_statuses
 from pgchannels.pruner import Pruner, PruneReport
@@ -192,15 +193,27 @@ def grant(
 
 @app.command()
 def publish(
-    channel: Annotated[str, typer.Argument(metavar="CHANNEL", help="Where to.")],
-    payload: Annotated[
+    channel: Annotated[
         str,
-        typer.Argument(
-            metavar="PAYLOAD", help="A JSON object, or - for one on each line of standard input."
-        ),
+        typer.Argument(metavar="[CHANNEL]", help="Where to, if not --user or --everyone."),
     ],
+    payload: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PAYLOAD",
+            help="A JSON object, or - for one on each line of standard input.",
+            show_default=False,
+        ),
+    ] = None,
     database_url: DatabaseUrl = None,
     schema: Schema = None,
+    user: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Publish to all connections of this user."),
+    ] = None,
+    everyone: Annotated[
+        bool, typer.Option("--everyone", help="Publish to every connection.")
+    ] = False,
     ttl: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="How long it can be read [PGCHANNELS_DEFAULT_TTL]"),
@@ -210,14 +223,25 @@ def publish(
         typer.Option(metavar="NAME=VALUE", help="A header; may be given several times."),
     ] = None,
 ) -> None:
-    """Publish messages on a channel. A role that may do nothing else can do this.
+    """Publish messages on a channel, or to a user. A publisher may, who may do nothing else.
 
     Of standard input, up to 1000 lines are one transaction. The first that is
     refused ends it, with nothing of its transaction published.
     """
     settings = _settings(database_url=database_url, schema_name=schema)
-    with _refusals_explained(settings, _grant_needed(settings, Access.PUBLISHER)):
-        shell.publish(settings, channel, payload, ttl=ttl, headers=header or [])
+    named = channel if payload is not None else None
+    if (named is not None) + (user is not None) + everyone != 1:
+        raise ConfigurationError(
+            "give a CHANNEL and a PAYLOAD, or --user or --everyone and a PAYLOAD alone"
+        )
+    address = address_of(named, user=user, everyone=everyone, to=None, exclude=None)
+    if payload is None:
+        payload = channel  # the only argument
+    needed = _grant_needed(settings, Access.PUBLISHER)
+    if user is not None:
+        needed += " --to-users"
+    with _refusals_explained(settings, needed):
+        shell.publish(settings, address.channel, payload, ttl=ttl, headers=header or [])
 
 
 @app.command()

@@ -13,7 +13,6 @@ from typing import Any
 import typer
 
 from pgchannels import migrate
-from pgchannels.channels import check_channel
 from pgchannels.errors import (
     ConfigurationError,
     DatabaseError,
@@ -56,10 +55,9 @@ def publish(
 ) -> None:
     """Publish a payload, or if it is ``-``, each line of standard input, and tell the nodes.
 
-    Needs no more rights than to insert into the outbox.
+    *channel* has been checked. Needs no more rights than to insert into the outbox.
     """
     options = {"ttl": ttl, "headers": _headers(headers)}
-    check_channel(channel)
     if payload == "-":
         if sys.stdin is None:
             raise ConfigurationError("there is no standard input: it is closed")

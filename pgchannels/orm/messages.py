@@ -8,12 +8,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pgchannels.channels import check_channel
-from pgchannels.errors import InvalidChannel, InvalidPayload, MessageTooLarge
+from pgchannels.channels import check_channel, user_channel
+from pgchannels.errors import InvalidChannel, InvalidPayload, InvalidUser, MessageTooLarge
 from pgchannels.orm.change import Change
 from pgchannels.orm.contents import plain
 from pgchannels.orm.outbox import Outlet
 from pgchannels.orm.plans import PlannedRule
+from pgchannels.orm.rules import Users
 from pgchannels.orm.template import Template
 from pgchannels.orm.writes import Write
 from pgchannels.records import Outgoing
@@ -60,12 +61,16 @@ def _channels(write: Write, change: Change[Any], planned: PlannedRule) -> Iterat
         if isinstance(target, Template):
             yield from _names(write, change, target)
             continue
-        given = target(change)
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            if given is not None:
-                yield check_channel(given)
+        if isinstance(target, Users):
+            yield from map(user_channel, _several(target.function(change)))
         else:
-            yield from map(check_channel, given)
+            yield from map(check_channel, _several(target(change)))
+
+
+def _several(given: str | Iterable[str] | None) -> Iterable[str]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        return () if given is None else (given,)
+    return given
 
 
 def _names(write: Write, change: Change[Any], template: Template) -> Iterator[str]:
@@ -80,16 +85,16 @@ def _names(write: Write, change: Change[Any], template: Template) -> Iterator[st
         )
     now = template.render(write.value)
     if now is not None:
-        yield check_channel(now)
+        yield template.channel(now)
 
 
 def _former_name(template: Template, value_of: Callable[[str], Any]) -> Iterator[str]:
     # A row that something else has written may have a value that makes no name. Nobody can read
     # that channel, and the row must be possible to repair and to delete.
-    with suppress(InvalidChannel):
+    with suppress(InvalidChannel, InvalidUser):
         name = template.render(value_of)
         if name is not None:
-            yield check_channel(name)
+            yield template.channel(name)
 
 
 def _encode(

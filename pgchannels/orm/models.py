@@ -21,8 +21,9 @@ T = TypeVar("T")
 
 
 def publishes(
-    channel: Channels,
+    channel: Channels | None = None,
     *,
+    user: Channels | None = None,
     on: Operation | Sequence[Operation] = ("insert", "update", "delete"),
     payload: Payload | None = None,
     changed: str | Sequence[str] | None = None,
@@ -35,6 +36,7 @@ def publishes(
     ::
 
         @publishes("orders:{customer_id}", on=("insert", "update"))
+        @publishes(user="{customer_id}", changed="status")  # all of the customer's connections
         class Order(Base): ...
 
     The message is written by the flush that writes the row, in the same transaction: it is
@@ -62,13 +64,16 @@ def publishes(
 
     Args:
         channel: a template, ``"orders:{customer_id}"``, with names of mapped columns; braces are
-            doubled to mean themselves. It begins with a word of its own: with ``"{name}"``, who
-            writes the name could publish anywhere. Or a function of a :class:`Change` that returns
+            doubled to mean themselves. It begins with a word of its own: with ``"{name}"``, a value
+            could lead to any channel. Or a function of a :class:`Change` that returns
             one name, several, or None. Or a list of such. An object whose value is None has no
             message there. When an update moves an object from one channel to another, both get the
             message. A deleted object's channel is that of its row. If something else has written
             the row, where it was may be no valid name; nothing goes there, then. Names and payloads
             agree: an enum is its value, a bool is ``true`` or ``false``.
+        user: instead of a channel or besides it, whose connections get the message: a template of a
+            user's id, ``"{customer_id}"``, a function that returns one, several or None, or a list
+            of such. As for channels: none for None, and both users are told when it changes.
         on: which of ``"insert"``, ``"update"`` and ``"delete"``. An update that changes no column
             is none.
         payload: a pydantic model class, to be validated from the object; or a function of a
@@ -89,12 +94,19 @@ def publishes(
         ConfigurationError: an argument that cannot work. Names of attributes are checked as soon
             as the class is mapped, at the latest when mappers are configured.
 
-    A flush fails with :class:`InvalidChannel`, :class:`InvalidPayload` or
+    A flush fails with :class:`InvalidChannel`, :class:`InvalidUser`, :class:`InvalidPayload` or
     :class:`MessageTooLarge` for a message that cannot be published, and with
     :class:`ConfigurationError` on AUTOCOMMIT and on another database than PostgreSQL.
     """
     rule = make_rule(
-        channel, on=on, payload=payload, changed=changed, when=when, ttl=ttl, headers=headers
+        channel,
+        user=user,
+        on=on,
+        payload=payload,
+        changed=changed,
+        when=when,
+        ttl=ttl,
+        headers=headers,
     )
 
     def decorate(class_: type[T]) -> type[T]:

@@ -6,18 +6,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import iscoroutinefunction
-from typing import Any, TypeAlias, cast, get_args
+from typing import Any, NamedTuple, TypeAlias, cast, get_args
 
 from pydantic import BaseModel
 
 from pgchannels.errors import ConfigurationError, InvalidMessage
 from pgchannels.layer import outgoing
 from pgchannels.orm.change import Change, Operation
-from pgchannels.orm.template import Template
+from pgchannels.orm.template import Template, UserTemplate
 from pgchannels.payloads import DEFAULT
 from pgchannels.settings import Settings
 
-__all__ = ["Channels", "Condition", "Content", "Naming", "Payload", "Rule", "make_rule"]
+__all__ = [
+    "Channels",
+    "Condition",
+    "Content",
+    "Naming",
+    "Payload",
+    "Rule",
+    "Users",
+    "make_rule",
+]
 
 Naming: TypeAlias = Callable[[Change[Any]], str | Iterable[str] | None]
 Channels: TypeAlias = str | Naming | Sequence[str | Naming]
@@ -28,11 +37,17 @@ Payload: TypeAlias = type[BaseModel] | Content
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 
+class Users(NamedTuple):
+    """A function whose results are ids of users, not names of channels."""
+
+    function: Naming
+
+
 @dataclass(frozen=True)
 class Rule:
     """See :func:`pgchannels.orm.publishes`."""
 
-    targets: tuple[Template | Naming, ...]
+    targets: tuple[Template | Naming | Users, ...]
     on: frozenset[Operation]
     model: type[BaseModel] | None
     """Makes the payload, …"""
@@ -51,8 +66,9 @@ class Rule:
 
 
 def make_rule(
-    channel: Channels,
+    channel: Channels | None,
     *,
+    user: Channels | None,
     on: Operation | Sequence[Operation],
     payload: Payload | None,
     changed: str | Sequence[str] | None,
@@ -76,7 +92,7 @@ def make_rule(
     elif payload is not None:
         content = cast(Content, payload)  # type checkers disagree about what is left
     return Rule(
-        targets=_targets(channel),
+        targets=_targets(channel, user),
         on=_operations(on),
         model=model,
         payload=content,
@@ -87,14 +103,24 @@ def make_rule(
     )
 
 
-def _targets(channel: Channels) -> tuple[Template | Naming, ...]:
-    given = [channel] if isinstance(channel, str) or callable(channel) else list(channel)
-    if not given:
-        raise ConfigurationError("@publishes needs a channel")
-    for target in given:
+def _targets(
+    channel: Channels | None, user: Channels | None
+) -> tuple[Template | Naming | Users, ...]:
+    channels = [Template(each) if isinstance(each, str) else each for each in _each(channel)]
+    users = [UserTemplate(each) if isinstance(each, str) else Users(each) for each in _each(user)]
+    if not channels and not users:
+        raise ConfigurationError("@publishes needs a channel, or user=")
+    return (*channels, *users)
+
+
+def _each(given: Channels | None) -> list[str | Naming]:
+    if given is None:
+        return []
+    several = [given] if isinstance(given, str) or callable(given) else list(given)
+    for target in several:
         if not isinstance(target, str):
             _check_function(target)
-    return tuple(Template(target) if isinstance(target, str) else target for target in given)
+    return several
 
 
 def _operations(on: Operation | Sequence[Operation]) -> frozenset[Operation]:

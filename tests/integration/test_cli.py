@@ -505,6 +505,11 @@ async def test_input_that_pauses_is_not_held_back(
         (["a", "-", "--ttl", "0"], "invalid ttl"),
         (["a", "{}", "--header", "x"], "NAME=VALUE"),
         (["a", "{}", "--header", "pgchannels-only=x"], "reserved"),
+        (["{}"], "give a CHANNEL and a PAYLOAD"),
+        (["a", "{}", "--user", "42"], "PAYLOAD alone"),
+        (["{}", "--user", "42", "--everyone"], "PAYLOAD alone"),
+        (["{}", "--user", ""], "1 to 1000 characters"),
+        (["a", "--everyone"], "not JSON"),
     ],
 )
 def test_what_cannot_be_published_is_told(
@@ -512,6 +517,25 @@ def test_what_cannot_be_published_is_told(
 ) -> None:
     assert_one_line(run("publish", *arguments, "--database-url", database_url), 2, words)
     assert published(connection) == []
+
+
+def test_users_and_everyone(
+    run: Run, database_url: str, connection: psycopg.Connection, role: str
+) -> None:
+    theirs = ("--database-url", as_role(database_url, role))
+    run("grant", "publisher", role, "--database-url", database_url)
+    assert run("publish", "--everyone", '{"n": 1}', *theirs) == Result(0, "", "")
+    refused = run("publish", "--user", "a:b", '{"n": 2}', *theirs)
+    assert_one_line(refused, 1, f"run: pgchannels grant publisher {role} --to-users")
+    granted = run("grant", "publisher", role, "--to-users", "--database-url", database_url)
+    assert granted.code == 0
+    assert run("publish", '{"n": 2}', "--user", "a:b", *theirs) == Result(0, "", "")
+    assert published(connection) == [
+        ("pgchannels:everyone", '{"n": 1}'),
+        ("pgchannels:user:a%3Ab", '{"n": 2}'),
+    ]
+    other = run("grant", "node", role, "--to-users", "--database-url", database_url)
+    assert_one_line(other, 2, "--to-users is for a publisher")
 
 
 def test_publishing_wants_a_migrated_database(run: Run, empty_database_url: str) -> None:

@@ -24,6 +24,8 @@ from sqlalchemy.orm import Mapped, Session, mapped_column, relationship, session
 from sqlalchemy.pool import NullPool
 
 from pgchannels import ConfigurationError, InvalidChannel, InvalidPayload, Settings
+from pgchannels.channels import user_channel
+from pgchannels.errors import InvalidUser
 from pgchannels.orm import Change, install, publish, publishes
 from pgchannels.payloads import JSONSerializer
 from pgchannels.waker import waker_for
@@ -696,6 +698,67 @@ class TestUpdates:
             thing.label = "b"
             session.commit()
         assert log.read() == ["at", "name"]
+
+
+class TestUsers:
+    """``user=``: to all connections of a user."""
+
+    @pytest.fixture
+    def invoices(self, engine: sa.Engine, base: Any) -> Any:
+        @publishes("invoices", user="{owner}")
+        @publishes(
+            user=[lambda change: ["auditor", "boss"], lambda change: None],
+            on="delete",
+            payload=lambda change: {"type": "gone"},
+        )
+        class Invoice(base):  # type: ignore[misc]
+            __tablename__ = "invoices"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            owner: Mapped[str | None]
+
+        base.metadata.create_all(engine)
+        return Invoice
+
+    def test_is_told_who_is_named_in_the_row(
+        self, make: sessionmaker[Session], log: Log, invoices: Any
+    ) -> None:
+        with make() as session:
+            session.add_all([mine := invoices(id=1, owner="a:b"), nobodys := invoices(id=2)])
+            session.commit()
+            mine.owner = "c"
+            session.commit()
+            mine.owner = None
+            session.commit()
+            session.delete(nobodys)
+            session.commit()
+        assert [(channel, payload["type"]) for channel, payload in log.messages()] == [
+            ("invoices", "invoices.inserted"),
+            (user_channel("a:b"), "invoices.inserted"),
+            ("invoices", "invoices.inserted"),
+            ("invoices", "invoices.updated"),
+            (user_channel("a:b"), "invoices.updated"),
+            (user_channel("c"), "invoices.updated"),
+            ("invoices", "invoices.updated"),
+            (user_channel("c"), "invoices.updated"),
+            ("invoices", "invoices.deleted"),
+            (user_channel("auditor"), "gone"),
+            (user_channel("boss"), "gone"),
+        ]
+
+    def test_an_id_that_cannot_be_fails_the_flush(
+        self, make: sessionmaker[Session], log: Log, invoices: Any, engine: sa.Engine
+    ) -> None:
+        with make() as session:
+            session.add(invoices(id=1, owner=""))
+            with pytest.raises(InvalidUser):
+                session.commit()
+        # What something else has written can be repaired: it was nobody's.
+        with engine.begin() as connection:
+            connection.exec_driver_sql("insert into invoices values (1, '')")
+        with make() as session:
+            session.get_one(invoices, 1).owner = "a"
+            session.commit()
+        assert [channel for channel, _ in log.messages()] == ["invoices", user_channel("a")]
 
 
 class TestDeletes:

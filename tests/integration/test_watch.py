@@ -20,6 +20,7 @@ from psycopg.errors import (
     WrongObjectType,
 )
 
+from pgchannels.channels import user_channel
 from pgchannels.migrate import upgrade
 from pgchannels.settings import Settings
 
@@ -1325,3 +1326,135 @@ def test_a_row_that_moves_is_told_of_whatever_messages_show(connection: Connecti
     assert told(connection) == [("orders:7", moved), ("orders:8", moved)]
     connection.execute("update orders set total = 1")
     assert told(connection) == []
+
+
+class TestUsers:
+    """``user_id =>``: the connections of the user whom a row names."""
+
+    @pytest.fixture
+    def invoices(self, connection: Connection) -> Connection:
+        connection.execute("create table invoices (id int primary key, owner text, paid boolean)")
+        connection.execute("select pgchannels.watch('invoices', user_id => '{owner}')")
+        return connection
+
+    def test_is_told_who_is_named_in_the_row(self, invoices: Connection) -> None:
+        invoices.execute("insert into invoices values (1, 'a:b'), (2, null), (3, repeat('é', 900))")
+        invoices.execute("update invoices set owner = 'c' where id = 1")
+        invoices.execute("update invoices set owner = null where id = 1")
+        invoices.execute("delete from invoices where id = 3")
+        assert [(channel, payload["type"]) for channel, payload in told(invoices)] == [
+            (user_channel("a:b"), "invoices.inserted"),
+            (user_channel("é" * 900), "invoices.inserted"),
+            (user_channel("a:b"), "invoices.updated"),
+            (user_channel("c"), "invoices.updated"),
+            (user_channel("c"), "invoices.updated"),
+            (user_channel("é" * 900), "invoices.deleted"),
+        ]
+
+    def test_an_update_of_other_columns_is_told_where_the_row_moves(
+        self, invoices: Connection
+    ) -> None:
+        invoices.execute(
+            "select pgchannels.watch('invoices', user_id => '{owner}', columns => '{paid}')"
+        )
+        invoices.execute("insert into invoices values (1, 'a', false)")
+        told(invoices)
+        invoices.execute("update invoices set id = id")
+        invoices.execute("update invoices set owner = 'b'")
+        assert [channel for channel, _ in told(invoices)] == [user_channel("a"), user_channel("b")]
+
+    def test_an_id_that_cannot_be_is_the_writers_mistake(self, invoices: Connection) -> None:
+        for owner in ("", "x" * 1001):
+            with pytest.raises(InvalidParameterValue, match="invalid user id"):
+                invoices.execute("insert into invoices values (1, %s)", [owner])
+        invoices.execute("alter table invoices disable trigger user")
+        invoices.execute("insert into invoices values (1, '')")
+        invoices.execute("alter table invoices enable trigger user")
+        invoices.execute("update invoices set owner = 'a'")
+        assert [channel for channel, _ in told(invoices)] == [user_channel("a")]
+
+    def test_is_one_watch_beside_those_of_channels(self, invoices: Connection) -> None:
+        watch(invoices, "invoices", "owners:{owner}")
+        shown = "select distinct channel, user_id from pgchannels.watches order by 1, 2"
+        assert invoices.execute(shown).fetchall() == [("owners:{owner}", None), (None, "{owner}")]
+        invoices.execute("select pgchannels.watch('invoices', user_id => '{owner}')")
+        invoices.execute("insert into invoices values (1, 'a')")
+        assert sorted(channel for channel, _ in told(invoices)) == ["owners:a", user_channel("a")]
+        unwatch = "select pgchannels.unwatch('invoices', user_id => '{owner}')"
+        assert invoices.execute(unwatch).fetchone() == (True,)
+        assert invoices.execute(unwatch).fetchone() == (False,)
+        invoices.execute("insert into invoices values (2, 'a')")
+        assert [channel for channel, _ in told(invoices)] == ["owners:a"]
+        invoices.execute("select pgchannels.watch('invoices', user_id => 'a')")
+        assert invoices.execute("select pgchannels.unwatch('invoices')").fetchone() == (True,)
+        assert invoices.execute(shown).fetchall() == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            ("", "invalid channel NULL"),
+            (", 'a', user_id => 'b'", "a channel or a user_id"),
+            (", user_id => ''", "invalid user id"),
+            (", user_id => '{owner'", "invalid user_id .*: a single brace"),
+            (", user_id => repeat('x', 1001)", "invalid user id"),
+        ],
+    )
+    def test_refusals(self, invoices: Connection, arguments: str, complaint: str) -> None:
+        with pytest.raises(InvalidParameterValue, match=complaint):
+            invoices.execute(f"select pgchannels.watch('invoices'{arguments})".encode())
+        with pytest.raises(UndefinedColumn):
+            invoices.execute("select pgchannels.watch('invoices', user_id => '{nothing}')")
+
+
+class TestTriggersOfTheTablesOwn:
+    """Which of them may write to the row again, so that the last message has its last value."""
+
+    @pytest.fixture
+    def states(self, orders: Connection) -> Connection:
+        orders.execute(
+            """
+            create function mark() returns trigger language plpgsql as $$
+            begin
+                if tg_when = 'BEFORE' then
+                    new.status := 'marked';
+                    return new;
+                end if;
+                update orders set status = 'marked' where status = 'new';
+                return null;
+            end $$
+            """
+        )
+        return orders
+
+    @staticmethod
+    def shown(connection: Connection) -> str:
+        """The status that a reader has of the row in the end."""
+        status = ""
+        for payload in payloads(connection):
+            status = payload["new"].get("status", status)
+        return status
+
+    @pytest.mark.parametrize(
+        "trigger",
+        [
+            "mark before insert on orders for each row",
+            "z_mark after insert on orders for each statement",
+        ],
+    )
+    def test_before_a_row_and_after_ours(self, states: Connection, trigger: str) -> None:
+        states.execute(f"create trigger {trigger} execute function mark()".encode())
+        states.execute("insert into orders values (1, 7)")
+        assert self.shown(states) == "marked"
+
+    @pytest.mark.parametrize(
+        "trigger",
+        [
+            "z_mark after insert on orders for each row",
+            "mark after insert on orders for each statement",
+        ],
+    )
+    def test_others_come_before_ours(self, states: Connection, trigger: str) -> None:
+        """As the documentation says: what they change is told first, and the insert last."""
+        states.execute(f"create trigger {trigger} execute function mark()".encode())
+        states.execute("insert into orders values (1, 7)")
+        assert self.shown(states) == "new"

@@ -421,6 +421,17 @@ class TestWatch:
         assert channel == "orders:7"
         assert payload == {"type": "orders.inserted", "key": {"id": 2}, "new": {"total": 6}}
 
+    def test_to_a_user(self, url: str) -> None:
+        watch = WatchOp("orders", user="{customer_id}", on=["insert"], table_schema="shop")
+        run(url, lambda op: op.invoke(watch))
+        execute(url, "insert into shop.orders values (1, 7, 5)")
+        assert [channel for channel, _ in self.published(url)] == ["pgchannels:user:7"]
+        run(url, lambda op: op.invoke(watch.reverse()))
+        assert column(url, "select count(*) from pgchannels.watches") == [0]
+        for arguments in ({}, {"channel": "a", "user": "b"}):
+            with pytest.raises(ConfigurationError, match="a channel or a user="):
+                WatchOp("orders", **arguments)
+
     def test_by_the_search_path(self, url: str) -> None:
         def migration(op: Any) -> None:
             op.execute("set local search_path = shop")

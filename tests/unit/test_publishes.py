@@ -17,9 +17,11 @@ from sqlalchemy import orm
 from sqlalchemy.orm import Mapped, mapped_column
 
 from pgchannels import ConfigurationError, InvalidChannel
+from pgchannels.channels import user_channel
+from pgchannels.errors import InvalidUser
 from pgchannels.orm import Change, publishes
 from pgchannels.orm.contents import plain
-from pgchannels.orm.template import Template
+from pgchannels.orm.template import Template, UserTemplate
 from pgchannels.payloads import encode_payload
 
 
@@ -53,6 +55,19 @@ class TestTemplate:
             "none": None,
         }
         assert Template(text).render(values.__getitem__) == rendered
+
+    def test_a_users_may_be_a_value_alone(self) -> None:
+        template = UserTemplate("{a}")
+        assert template.attributes == {"a"}
+        assert template.channel(template.render(lambda _: "x:é") or "") == user_channel("x:é")
+        assert UserTemplate("pgchannels:{a}").render(lambda _: 1) == "pgchannels:1"
+        with pytest.raises(InvalidUser):
+            template.channel("")
+
+    @pytest.mark.parametrize("text", ["", "{", "{a!r}", "{a.b}", "x" * 1001, "\0"])
+    def test_that_no_user_can_be(self, text: str) -> None:
+        with pytest.raises(ConfigurationError, match=r"^the user .* is no template"):
+            UserTemplate(text)
 
     def test_attributes(self) -> None:
         assert Template("x:{a}:{b}:{{c}}:{a}").attributes == {"a", "b"}
