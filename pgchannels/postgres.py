@@ -173,9 +173,10 @@ class PostgresLayer(ChannelLayer):
                 orders = (await session.scalars(select(Order))).all()
             async with layer.subscribe("orders", after=position) as messages: ...
 
-        The transaction runs in REPEATABLE READ. Before it has run a query, that can still be said,
-        whatever its engine's default is. Publishers are not held up; what they have committed
-        reaches readers a few round trips later.
+        The transaction runs in REPEATABLE READ. That can be set before its first query only, so it
+        must not have run one. A session that a dependency of the request has used already has: take
+        another session for this, or ``await session.commit()`` before. Publishers are not held up;
+        what they have committed reaches readers a few round trips later.
 
         Args:
             transaction: a SQLAlchemy ``AsyncSession``, ``AsyncConnection``, ``Session`` or
@@ -183,7 +184,7 @@ class PostgresLayer(ChannelLayer):
                 A synchronous one blocks the event loop for two statements.
 
         Raises:
-            ConfigurationError: it has run a query, or is none of these.
+            ConfigurationError: it is none of these, or has run a query. Then roll it back.
             DatabaseUnavailable, DatabaseError: roll the transaction back.
             ChannelLayerClosed: the layer is not open.
         """

@@ -94,8 +94,9 @@ async def _set(transaction: Any, schema: str, statement: str) -> None:
     except (asyncpg.PostgresError, DBAPIError) as error:
         if _sqlstate(error) == "25001":  # active_sql_transaction
             raise ConfigurationError(
-                "this transaction has run a query already: take the snapshot first, outside of "
-                "savepoints"
+                "this transaction has run a query already, perhaps in another dependency of the "
+                "request, or is in a savepoint. Take the snapshot first, in a session of its own "
+                "('async with Session.begin() as reader:') or after 'await session.commit()'"
             ) from error
         raise
 

@@ -16,11 +16,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx2
 import psycopg
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
+from sqlalchemy import select
 from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from pgchannels import MemoryLayer
 from pgchannels.telemetry import uninstrument
@@ -241,7 +244,8 @@ async def shop(database_url: str) -> AsyncIterator[dict[str, Any]]:
     """What the page defines, on a database of its own, with the layer open."""
     driver_url = make_url(database_url).set(drivername="postgresql+asyncpg")
     names: dict[str, Any] = {"__name__": "shop"}
-    for part in ("install(Session, layer)", "class Order(Base)", "async def board"):
+    parts = ("install(Session, layer)", "class Order(Base)", "async def board", "take_snapshot")
+    for part in parts:
         source = block("publishing.md", part)
         source = source.replace(
             "postgresql+asyncpg://localhost/shop", driver_url.render_as_string(hide_password=False)
@@ -296,6 +300,31 @@ async def test_a_board_gets_the_state_and_what_follows_it(shop: dict[str, Any]) 
         "key": {"id": 1},
         "new": {"status": "paid"},
     }
+
+
+async def test_an_endpoint_gets_a_snapshot_beside_the_session_of_the_request(
+    shop: dict[str, Any],
+) -> None:
+    async def session_of_the_request() -> AsyncIterator[AsyncSession]:
+        async with shop["Session"]() as session:
+            yield session
+
+    async def current_user(
+        session: AsyncSession = Depends(session_of_the_request),  # noqa: B008
+    ) -> Any:
+        return await session.scalar(select(shop["Order"].customer_id))
+
+    app = FastAPI(dependencies=[Depends(current_user)])
+    app.include_router(shop["router"])
+    await place_order(shop)
+    transport = httpx2.ASGITransport(app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://shop") as client:
+        answer = (await client.get("/customers/42/orders")).json()
+    assert answer["orders"] == [1]
+    await pay_order(shop)
+    reading = shop["layer"].subscribe("orders:42", after=answer["position"])
+    async with asyncio.timeout(20), reading as messages:
+        assert (await anext(messages))["type"] == "orders.updated"
 
 
 async def test_the_filter_of_the_page_finds_what_its_models_publish(shop: dict[str, Any]) -> None:

@@ -249,8 +249,22 @@ class TestTransactions:
     async def test_after_a_query_it_is_too_late(self, layer: PostgresLayer, begin: Begin) -> None:
         async with begin() as (transaction, number):
             await read(number)
-            with pytest.raises(ConfigurationError, match="run a query already"):
+            with pytest.raises(ConfigurationError, match=r"a query already.* session of its own"):
                 await layer.snapshot(transaction)
+
+    async def test_a_session_that_has_run_a_query_can_commit_first(
+        self, layer: PostgresLayer, engine: AsyncEngine, connection: asyncpg.Connection
+    ) -> None:
+        await change(connection, 1, 5)
+        async with AsyncSession(engine) as session:
+            query = sa.text("select n from items where id = 1")
+            await session.execute(query)
+            await session.commit()
+            position = await layer.snapshot(session)
+            await change(connection, 1, 7)
+            assert await session.scalar(query) == 5
+            async with asyncio.timeout(10), layer.subscribe("items", after=position) as messages:
+                assert (await anext(messages))["by"] == 7
 
     async def test_the_session_may_write(
         self, layer: PostgresLayer, engine: AsyncEngine, connection: asyncpg.Connection
@@ -288,7 +302,7 @@ class TestTransactions:
     async def test_in_a_savepoint(
         self, layer: PostgresLayer, connection: asyncpg.Connection
     ) -> None:
-        with pytest.raises(ConfigurationError, match="savepoints"):
+        with pytest.raises(ConfigurationError, match="in a savepoint"):
             async with connection.transaction(), connection.transaction():
                 await layer.snapshot(connection)
 
