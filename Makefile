@@ -15,6 +15,8 @@ ARGS ?=
 
 DEMO := $(VENV)/.demo-installed
 DEV := $(VENV)/.dev-installed
+# A second environment, with every dependency at the oldest version that pyproject.toml allows.
+OLDEST := .venv-oldest
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +50,12 @@ check: $(DEV) ## lint, format, types, layers
 	    echo "SKIPPED: pyright (node is not on PATH)"; \
 	fi
 
+# Sockets and sessions are where the libraries below us make a difference.
+check-oldest: $(OLDEST)/.installed ## the tests of sockets and of the ORM with the oldest dependencies
+	$(OLDEST)/bin/python -m pytest $(XDIST) -W ignore::DeprecationWarning \
+	    --ignore=tests/unit/test_public_api.py tests/unit \
+	    $(addprefix tests/integration/test_,connections.py consumers.py web.py orm.py publishes.py) $(ARGS)
+
 format: $(DEV) ## format the code, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -59,7 +67,7 @@ wheel: $(DEV) ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build
 
 clean: ## remove the virtual environment, caches and builds
-	rm -rf $(VENV) dist build .coverage .coverage.* htmlcov \
+	rm -rf $(VENV) $(OLDEST) dist build .coverage .coverage.* htmlcov \
 	    .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -71,6 +79,15 @@ $(DEMO): pyproject.toml | $(BIN)/python
 $(DEV): pyproject.toml | $(BIN)/python
 	@echo "Installing pgchannels and what tests and checks need"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@touch $@
+
+# Old versions of Starlette's test client need httpx.
+$(OLDEST)/.installed: pyproject.toml .ci/floors | $(BIN)/python
+	@echo "Installing the oldest versions of what pgchannels needs"
+	@test -x $(OLDEST)/bin/python || $(BIN)/python -m venv $(OLDEST)
+	@$(BIN)/python .ci/floors > $(OLDEST)/floors.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint $(OLDEST)/floors.txt --editable '.[dev]' httpx
 	@touch $@
 
 $(BIN)/python:
@@ -85,4 +102,4 @@ $(BIN)/python:
 	done; \
 	echo "Python 3.11 or newer is needed (looked for: $(PYTHON))" >&2; exit 1
 
-.PHONY: help demo test browser-test check format bench wheel clean
+.PHONY: help demo test browser-test check check-oldest format bench wheel clean
