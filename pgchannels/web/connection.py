@@ -529,8 +529,8 @@ class Connection(Reader):
         if self.connections.revocations != self._revocations:
             self.reauthorize_soon()  # it may have been meant, and was not known yet
 
-    def _note(self, error: Exception) -> Problem:
-        return self.connections.note(error, self)
+    def _note(self, error: Exception, *, raised: bool = False) -> Problem:
+        return self.connections.note(error, self, raised=raised)
 
     async def _let_go(self) -> None:
         try:

@@ -35,7 +35,7 @@ from pgchannels.web.errors import (
 from pgchannels.web.life import Refused, Unserved
 from pgchannels.web.liveness import Heartbeat
 from pgchannels.web.middleware import Chain, Middleware
-from pgchannels.web.refusal import ending, refusal
+from pgchannels.web.refusal import closed_by, ending, refusal
 from pgchannels.web.statistics import Counts, Statistics
 from pgchannels.web.wire import ConnectionState
 
@@ -205,7 +205,8 @@ class ConnectionManager:
             HTTPException: the socket is refused; the application answers it with that status. On a
                 server that cannot do so, a ``WebSocketException``.
             WebSocketException: the socket was at its end before the block could begin, after it had
-                been accepted; the application closes it by that.
+                been accepted; the application closes it by that. Or an error that is known has
+                ended it, and is the cause: dependencies see it, and nothing more is done.
         """
         connection = Connection(websocket, self)
         connection.accept_with(subprotocol, headers)
@@ -216,6 +217,8 @@ class ConnectionManager:
             raise refusal(websocket, refused.problem) from refused
         except Unserved as unserved:
             raise ending(websocket, unserved.code, unserved.reason) from None
+        if connection.error is not None:
+            raise closed_by(websocket, connection.close_code) from connection.error
 
     async def disconnect(
         self, connection: Connection | str, code: int = NORMAL, reason: str = ""
@@ -459,8 +462,12 @@ class ConnectionManager:
         if self.middleware is not None:
             self.middleware.closed(connection)
 
-    def note(self, error: Exception, connection: Connection) -> Problem:
-        """Count an error, log what is not the client's own, and say what the client may hear."""
+    def note(self, error: Exception, connection: Connection, *, raised: bool = False) -> Problem:
+        """Count an error, log what is not the client's own, and say what the client may hear.
+
+        An unexpected error is logged with its traceback, unless it is *raised* again: servers log
+        what reaches them, and a traceback belongs in the log once. It then has the id as a note.
+        """
         if isinstance(error, SocketError) and error.connection is None:
             error.connection = connection
         problem = describe(error)
@@ -469,11 +476,14 @@ class ConnectionManager:
         is_refused = ends and connection.state is ConnectionState.CONNECTING
         (self._counts.refused if is_refused else self._counts.errors)[problem.code] += 1
         if problem.error_id is not None:
+            if raised:
+                error.add_note(f"error {problem.error_id}")
             logger.error(
-                "%s failed; error %s",
+                "%s failed; error %s: %r",
                 type(connection).__name__,
                 problem.error_id,
-                exc_info=error,
+                error,
+                exc_info=None if raised else error,
                 extra={"error_id": problem.error_id, "connection": connection.id},
             )
         elif isinstance(error, InvalidMessage):

@@ -30,7 +30,7 @@ from pgchannels.web.handlers import (
     is_overridden,
 )
 from pgchannels.web.life import Refused, Unserved
-from pgchannels.web.refusal import refuse
+from pgchannels.web.refusal import closed_by, refuse
 from pgchannels.web.validation import problems
 from pgchannels.web.wire import CLOSING_TIME
 
@@ -169,30 +169,47 @@ class WebSocketConsumer(Connection):
     # Its life
 
     async def run(self, **values: Any) -> None:
-        """Serve the socket until it is closed; *values* are given to ``connect()``."""
+        """Serve the socket until it is closed; *values* are given to ``connect()``.
+
+        Raises:
+            WebSocketException: an error of the client's, or one that it has been told to come back
+                after, has ended the socket, or refused it; that is the cause. Dependencies see it.
+                Starlette and FastAPI do nothing more about it.
+            Exception: one that nobody expected has ended it. The client and the log have its id.
+        """
         try:
             async with self.life():
                 await self._serve(values)
         except Refused as refused:
             await refuse(self.websocket, refused.problem)
-        except Unserved:
-            pass  # it is closed
-        except Exception as error:
-            if error is not self._failed_by:
-                raise
-            # It has been logged, and a server would log it again.
+            raise closed_by(self.websocket, refused.problem.ws_code) from refused.__cause__
+        except Unserved as unserved:
+            raise closed_by(self.websocket, unserved.code) from self.error
+        if self.error is not None:
+            raise closed_by(self.websocket, self.close_code) from self.error
 
     async def _serve(self, values: Mapping[str, Any]) -> None:
         self._connecting = True
-        if (problem := await self._guarded(self.connect(**values))) is not None:
-            # What it was opened for has not come about. Open, it would be deaf.
-            self.close_soon(problem.ws_code, problem.code)
+        if not await self._essential(self.connect(**values)):
             return
         if self._asked_to_close is not None:
             return  # refused, or closed again, by connect()
         await self.start()
-        if (problem := await self._guarded(self.serve())) is not None:
+        await self._essential(self.serve())
+
+    async def _essential(self, doing: Awaitable[None]) -> bool:
+        """Do what the socket was opened for. If that fails, the socket is closed.
+
+        Open, it would be deaf.
+        """
+        try:
+            await doing
+        except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
+            problem = await self._tell_or_raise(error)
+            self.error = error
             self.close_soon(problem.ws_code, problem.code)
+            return False
+        return True
 
     async def _deliver(self, message: Message) -> None:
         handler = self._events.find(message)
@@ -226,5 +243,5 @@ class WebSocketConsumer(Connection):
                     await self.disconnect(code)
                 except PGChannelsError as error:
                     # For nobody but the log: where an application answers these, it is the end.
-                    self._note(error)
+                    self._note(error, raised=True)
                     raise

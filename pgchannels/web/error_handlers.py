@@ -76,7 +76,9 @@ async def _answer(connection: HTTPConnection, error: Exception) -> Response | No
 
 async def _close(websocket: WebSocket, error: Exception) -> None:
     if WebSocketState.DISCONNECTED in (websocket.application_state, websocket.client_state):
-        # What closed it has told the client, and the log: a manager does so before it raises again.
+        # What closed it has told the client, and the log, which is to have the traceback too.
+        if describe(error).error_id is not None:
+            logger.error("%r failed", websocket.scope["path"], exc_info=error)
         return
     problem = _note(error, websocket.scope["path"])
     try:

@@ -56,8 +56,8 @@ class Life(Wire):
         self, websocket: WebSocket, heartbeat: Heartbeat, send_timeout: float | None
     ) -> None:
         super().__init__(websocket, heartbeat, send_timeout)
-        self._failed_by: Exception | None = None
-        """What nobody expected, if that has been its end."""
+        self.error: Exception | None = None
+        """The error that has ended it, known or not; None if none has."""
 
     # For a subclass to say
 
@@ -68,8 +68,11 @@ class Life(Wire):
     def _tasks_run(self) -> None:
         """It has been admitted, and tasks may be spawned from now on."""
 
-    def _note(self, error: Exception) -> Problem:
-        """Count and log an error, and say what a client may hear of it."""
+    def _note(self, error: Exception, *, raised: bool = False) -> Problem:
+        """Count and log an error, and say what a client may hear of it.
+
+        With *raised*, an unexpected error is raised again, and the server logs its traceback.
+        """
         raise NotImplementedError
 
     async def _left(self, code: int) -> None:
@@ -123,22 +126,20 @@ class Life(Wire):
         if all(self._is_end(each) for each in _leaves(error)):
             return self._note_end(error), None
         error = self._the_one(error)
+        self.error = error
         if isinstance(error, WebSocketException):
             self._part(error.reason, None)
             return (error.code if error.code in SENDABLE else INTERNAL_ERROR), None
         if isinstance(error, HTTPException) and is_early:
             return ABNORMAL, error  # whoever serves the application answers it
-        problem = self._note(error)
+        problem = self._note(error, raised=not is_early)
         if is_early:
             refused = Refused(problem)
             refused.__cause__ = error
             return problem.ws_code, refused
         self._part(problem.code, problem.response().encode())
-        if problem.error_id is not None:
-            self._failed_by = error
-        if self._asked_to_close is not None:
-            return self._asked_to_close, self._failed_by
-        return problem.ws_code, self._failed_by
+        raised = None if problem.error_id is None else error
+        return self._asked_to_close or problem.ws_code, raised
 
     def _is_end(self, error: Exception) -> bool:
         """Whether *error* says no more than that this socket has ended, and not another one."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pgchannels.web.errors import Problem
 
-__all__ = ["body", "ending", "headers", "refusal", "refuse"]
+__all__ = ["body", "closed_by", "ending", "headers", "refusal", "refuse"]
 
 _EXTENSION = "websocket.http.response"
 
@@ -61,8 +61,7 @@ def refusal(connection: HTTPConnection, problem: Problem) -> HTTPException | Web
 def ending(websocket: WebSocket, code: int | None, reason: str) -> WebSocketException:
     """What to raise in an endpoint that is not to run, though its socket has been accepted.
 
-    Whoever serves the application closes the socket by it. Where there is nothing to close any
-    more, that does nothing from now on: no exception says so, and any other one would be logged.
+    Whoever serves the application closes the socket by it, if there is anything left to close.
 
     Args:
         websocket: whose endpoint it is.
@@ -70,7 +69,17 @@ def ending(websocket: WebSocket, code: int | None, reason: str) -> WebSocketExce
         reason: to close with.
     """
     if code is None or websocket.application_state is WebSocketState.DISCONNECTED:
-        websocket.close = _closed  # type: ignore[method-assign]
+        return closed_by(websocket, code, reason)
+    return WebSocketException(code, cut(reason))
+
+
+def closed_by(websocket: WebSocket, code: int | None, reason: str = "") -> WebSocketException:
+    """What to raise in an endpoint whose socket has been closed because of an error.
+
+    Dependencies with ``yield`` must know that it has failed. Whoever serves the application has
+    nothing more to do; but no exception says so, and any other one would be logged.
+    """
+    websocket.close = _closed  # type: ignore[method-assign]
     return WebSocketException(code or NORMAL, cut(reason))
 
 

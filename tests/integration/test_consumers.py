@@ -109,8 +109,10 @@ closings: list[str] = []
 async def current_user(token: Annotated[str, Query()], request: WebSocket) -> AsyncIterator[User]:
     if token == "bad":
         raise WebSocketException(4401, "who are you?")
-    yield User(name=f"{token} of {request.url.path}")
-    closings.append(token)
+    try:
+        yield User(name=f"{token} of {request.url.path}")
+    finally:
+        closings.append(token)
 
 
 CurrentUser = Annotated[User, Depends(current_user)]

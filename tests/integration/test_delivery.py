@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, ClassVar
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Annotated, Any, ClassVar
 
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, HTTPException, WebSocket
+from starlette.exceptions import WebSocketException
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 import pgchannels.web.connection
-from pgchannels import ChannelLayer, DatabaseUnavailable, Message
+from pgchannels import ChannelLayer, DatabaseUnavailable, MemoryLayer, Message
 from pgchannels.web import (
+    AuthenticationError,
+    AuthorizationError,
     BytesConsumer,
     ConnectionManager,
     ConnectionState,
@@ -23,7 +26,9 @@ from pgchannels.web import (
     handles,
     outbound,
 )
-from tests.support.sockets import answer, serve
+from pgchannels.web.errors import UnexpectedMessage
+from tests.support.eventually import eventually
+from tests.support.sockets import answer, closed, serve
 
 
 def application(
@@ -213,7 +218,8 @@ class TestPositions:
             assert await client.until_closed(CHAT, {"type": "bad"}) == ["chat", "error", "position"]
             assert client.code == 1011
             # Where it was, is in the log: nobody gets this message any more.
-            assert f"The message was {client.position} of 'board'." in caplog.text
+            note = f"The message was {client.position} of 'board'."
+            await eventually(lambda: note in caplog.text)
             assert await client.until_closed(CHAT, CLOSED) == ["chat", "position"]
             assert client.code == 4000
 
@@ -304,3 +310,167 @@ class TestPositions:
         async with talking(make_layer(), Again) as client:
             assert await client.until_closed(CHAT, HANDLED, {"type": "again"}) == ["chat"]
             assert client.code == 4001
+
+
+class Transaction:
+    """Stands for a session that a dependency commits when the endpoint has succeeded."""
+
+    def __init__(self) -> None:
+        self.ends: list[Any] = []
+
+    async def __call__(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.ends.append(error.__cause__ if isinstance(error, WebSocketException) else error)
+            raise
+        else:
+            self.ends.append("committed")
+
+
+async def opened(socket: connect) -> int | None:
+    """The code that a socket is closed with, or the status of the answer to its handshake."""
+    try:
+        async with socket as client:
+            with suppress(ConnectionClosed):
+                await client.send(json.dumps("go on"))
+            return await closed(client)
+    except InvalidStatus as refused:
+        return refused.response.status_code
+
+
+class TestFailures:
+    """A dependency with `yield` knows whether its consumer has failed."""
+
+    @pytest.mark.parametrize("route_level", [False, True])
+    @pytest.mark.parametrize(
+        ("early", "error", "code"),
+        [
+            (False, LookupError("a bug"), 1011),
+            (False, AuthorizationError(), 3003),
+            (False, UnexpectedMessage(), 1008),
+            (False, DatabaseUnavailable("away"), 1013),
+            (False, AuthenticationError(), 3000),
+            (False, WebSocketException(4001, "enough"), 4001),
+            (True, AuthorizationError(), 403),
+            (True, LookupError("a bug"), 500),
+            (True, HTTPException(410, "gone"), 410),
+        ],
+    )
+    async def test_an_error_in_connect(
+        self,
+        memory: MemoryLayer,
+        errors: Any,
+        early: bool,
+        error: Exception,
+        code: int,
+        route_level: bool,
+    ) -> None:
+        transaction = Transaction()
+        dependency: Any = Depends(transaction)
+
+        class Failing(JsonConsumer):
+            async def connect(self, value: Any = None if route_level else dependency) -> None:
+                if not early:
+                    await self.accept()
+                raise error
+
+        app = FastAPI()
+        app.add_api_websocket_route(
+            "/ws", Failing.as_endpoint(memory), dependencies=[dependency] if route_level else None
+        )
+        async with serve(app) as address:
+            assert await opened(connect(f"ws://{address}/ws")) == code
+            await eventually(lambda: transaction.ends)
+        assert transaction.ends == [error]
+        if not isinstance(error, LookupError):
+            assert errors() == []
+
+    @pytest.mark.parametrize("what", ["receive", "handler", "task", "disconnect"])
+    async def test_an_error_later(
+        self, memory: MemoryLayer, caplog: pytest.LogCaptureFixture, what: str
+    ) -> None:
+        """ASGI middleware sees it, as it does an endpoint's, and the log has one traceback."""
+        transaction, seen = Transaction(), []
+        bug = LookupError("a bug")
+
+        class Failing(JsonConsumer):
+            async def connect(self, value: Annotated[None, Depends(transaction)]) -> None:
+                await self.join("room")
+
+            async def receive_json(self, content: Any) -> None:
+                if what == "receive":
+                    raise bug
+                if what == "task":
+                    self.spawn(self.fail())
+                elif what == "disconnect":
+                    await self.close()
+                await self.layer.send("room", {"type": "note"})
+
+            @handles("note")
+            async def note(self, message: Message) -> None:
+                if what == "handler":
+                    raise bug
+
+            async def fail(self) -> None:
+                raise bug
+
+            async def disconnect(self, code: int) -> None:
+                if what == "disconnect":
+                    raise bug
+
+        inner = application(Failing, memory)
+
+        async def middleware(scope: Any, receive: Any, send: Any) -> None:
+            try:
+                await inner(scope, receive, send)
+            except Exception as error:
+                seen.append(error)
+                raise
+
+        async with serve(middleware) as address:
+            code = await opened(connect(f"ws://{address}/ws"))
+            assert code == (1000 if what == "disconnect" else 1011)
+            await eventually(lambda: seen)
+        assert seen == transaction.ends == [bug]
+        traced = [record for record in caplog.records if record.exc_info]
+        assert [record.exc_info and record.exc_info[1] for record in traced] == [bug]
+        if what != "disconnect":
+            (own,) = (record for record in caplog.records if "Failing failed" in record.message)
+            assert own.error_id in bug.__notes__[-1]  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize(
+        "error", [AuthorizationError(), DatabaseUnavailable("away"), LookupError("a bug")]
+    )
+    async def test_an_error_in_an_endpoint(self, memory: MemoryLayer, error: Exception) -> None:
+        transaction, app = Transaction(), FastAPI()
+        connections = ConnectionManager(memory)
+
+        @app.websocket("/ws")
+        async def endpoint(
+            websocket: WebSocket, value: Annotated[None, Depends(transaction)]
+        ) -> None:
+            async with connections.connect(websocket):
+                raise error
+
+        async with serve(app) as address:
+            await opened(connect(f"ws://{address}/ws"))
+            await eventually(lambda: transaction.ends)
+        assert transaction.ends == [error]
+
+    async def test_a_socket_that_ends_well(self, memory: MemoryLayer, errors: Any) -> None:
+        transaction = Transaction()
+
+        class Fine(JsonConsumer):
+            async def connect(self, value: Annotated[None, Depends(transaction)]) -> None: ...
+
+            async def receive_json(self, content: Any) -> None:
+                await self.close()
+
+        async with serve(application(Fine, memory)) as address:
+            assert await opened(connect(f"ws://{address}/ws")) == 1000
+            async with connect(f"ws://{address}/ws"):
+                pass  # and the client leaves
+            await eventually(lambda: len(transaction.ends) == 2)
+        assert transaction.ends == ["committed", "committed"]
+        assert errors() == []
