@@ -446,10 +446,8 @@ class TestFailures:
         transaction, app = Transaction(), FastAPI()
         connections = ConnectionManager(memory)
 
-        @app.websocket("/ws")
-        async def endpoint(
-            websocket: WebSocket, value: Annotated[None, Depends(transaction)]
-        ) -> None:
+        @app.websocket("/ws", dependencies=[Depends(transaction)])
+        async def endpoint(websocket: WebSocket) -> None:
             async with connections.connect(websocket):
                 raise error
 
