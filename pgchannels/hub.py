@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pgchannels.backoff import Backoff
-from pgchannels.errors import ChannelLayerClosed, DatabaseError
+from pgchannels.errors import ChannelLayerClosed, DatabaseError, DatabaseUnavailable
 from pgchannels.messages import Position
-from pgchannels.records import Head, LogPage
+from pgchannels.records import NOTHING_SEEN, Head, LogPage, Seen
 from pgchannels.stream import offer_to
 from pgchannels.waiting import set_within
 
@@ -40,6 +40,7 @@ _OFFERS_AT_A_TIME = 5000
 _NOBODY: dict[Subscriber, None] = {}
 # Seconds to wait after a hint at messages that are not there.
 _AFTER_FALSE_HINT = 0.05
+_INSUFFICIENT_PRIVILEGE = "42501"
 
 
 class Hub:
@@ -74,12 +75,18 @@ class Hub:
         self._hinted = 0
         self.cursor = 0
         self._epoch = 1
+        # The newest batch at the last look. As long as the log has it, the log is the same.
+        self._seen = NOTHING_SEEN
         self._closed = False
 
     async def open(self) -> None:
         """Begin at the end of the log. LISTEN may come later: ``connected()`` looks."""
-        head = await self._session.head()
-        self.cursor, self._epoch = head.id, head.epoch
+        await self._begin_at_the_end()
+
+    async def _begin_at_the_end(self) -> Head:
+        head, mark = await self._session.head_after(NOTHING_SEEN)
+        self.cursor, self._epoch, self._seen = head.id, head.epoch, _seen(head, mark)
+        return head
 
     @property
     def position(self) -> Position:
@@ -147,8 +154,16 @@ class Hub:
         self.reached(self.cursor + 1)  # from then on, at a shorter interval
 
     async def head(self) -> Head:
-        """The end of the log now."""
-        return await self._store.head()
+        """The end of the log now.
+
+        Raises:
+            DatabaseUnavailable: no connection; or the log may have been rewritten, and this has
+                still to be found out.
+        """
+        seen = self._seen
+        head, mark = await self._store.head_after(seen)
+        self._check_same(seen, mark)
+        return head
 
     async def position_before(self, time: datetime) -> Position:
         """How far the log had come before *time*."""
@@ -163,11 +178,23 @@ class Hub:
         task = self._replays.get((channels, after))
         if task is None:
             key = (channels, after)
-            task = asyncio.create_task(self._store.read_channels(channels, after))
+            task = asyncio.create_task(self._replay(channels, after))
             self._replays[key] = task
             task.add_done_callback(lambda done: self._replay_done(key, done))
         # Shielded: one who gives up must not take the page from the others.
         return await asyncio.shield(task)
+
+    async def _replay(self, channels: tuple[str, ...], after: int) -> LogPage:
+        seen = self._seen
+        page = await self._store.read_channels(channels, after, seen=seen)
+        self._check_same(seen, page.mark)
+        return page
+
+    def _check_same(self, seen: Seen, mark: int | None) -> None:
+        """Nothing counts that was read where the batch is missing that was seen before."""
+        if seen.id and mark is None:
+            self.reached(self.cursor + 1)  # look at once, and find out why
+            raise DatabaseUnavailable("the log may have been rewritten; this is being looked at")
 
     def _replay_done(self, key: tuple[tuple[str, ...], int], task: asyncio.Task[LogPage]) -> None:
         del self._replays[key]
@@ -215,9 +242,13 @@ class Hub:
             everything = channels is not None and self._grown
             if everything:
                 continue
-            if page.head.id < self.cursor or page.head.epoch != self._epoch:
-                self._begin_anew(page.head)
+            if await self._is_rewritten(page):
+                await self._begin_again()
                 return
+            if self._seen.id and page.mark is None:
+                self._seen = NOTHING_SEEN  # thinned out or pruned: the same log nevertheless
+                continue
+            self._seen = _seen(page.head, page.mark)
             if page.head.floor > self.cursor:
                 self._tell_missed(page.head.floor)
             everything = await self._hand_out(page, complete=channels is None)
@@ -231,18 +262,40 @@ class Hub:
             except Exception:  # there are others, and a node's reading must not end by one
                 logger.exception("a subscriber failed at being told of what it has missed")
 
-    def _begin_anew(self, head: Head) -> None:
+    async def _is_rewritten(self, page: LogPage) -> bool:
+        """Whether the log is another one than the one that was read before."""
+        if page.head.epoch != self._epoch or page.head.id < self.cursor:
+            return True
+        if not self._seen.id or page.mark is not None:
+            return False
+        (row,) = await self._session.fetch("was_thinned", *self._seen)
+        return not row["is_same"]
+
+    async def _begin_again(self) -> None:
+        """Go on at the end of a log that has been rewritten, in an epoch that nobody has read in.
+
+        What was read before has no position in it. The first node that finds this out begins the
+        epoch; until then no stream ends, so that no client comes back with a position of the old
+        one while that still counts.
+        """
         reached = self.position
+        try:
+            await self._session.fetch("begin_epoch", self._epoch)
+        except DatabaseError as error:
+            if error.sqlstate != _INSUFFICIENT_PRIVILEGE:
+                raise
+            logger.warning("this role only reads, and a node must begin the new epoch: %s", error)
+        head = await self._begin_at_the_end()
         logger.error("the log has been rewritten: it ends at %s, %s had been read", head, reached)
-        self.cursor, self._epoch = head.id, head.epoch
         self._on_rewritten(reached)
 
     async def _read(self, channels: list[str] | None) -> LogPage:
         if channels is None:
-            return await self._session.read_log(self.cursor)
+            return await self._session.read_log(self.cursor, seen=self._seen)
         if not channels:
-            return LogPage([], await self._session.head(), full=False)
-        return await self._session.read_channels(channels, self.cursor)
+            head, mark = await self._session.head_after(self._seen)
+            return LogPage([], head, full=False, mark=mark)
+        return await self._session.read_channels(channels, self.cursor, seen=self._seen)
 
     def offer(self, message: Message) -> int:
         """Offer a message to who reads its channel, or to those it was sent to; how many those are.
@@ -267,3 +320,7 @@ class Hub:
                     return True
         self.cursor = max(self.cursor, page.upto)
         return False
+
+
+def _seen(head: Head, mark: int | None) -> Seen:
+    return NOTHING_SEEN if mark is None else Seen(head.id, mark)

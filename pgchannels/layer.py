@@ -80,8 +80,8 @@ _MAX_KEEP = timedelta(days=3660)
 # Bytes of a text that is stored as it is. An entry of an index has its bounds.
 _MAX_STORED = 200
 _DIGEST = "sha256:"
-# Pages of the log that one call looks through for what a filter wants.
-_MAX_FILTERED_PAGES = 10
+# Pages of the log that one call looks through for what a filter wants, or past expired messages.
+_MAX_SPARSE_PAGES = 10
 
 
 class ChannelLayer(ABC):
@@ -389,7 +389,8 @@ class ChannelLayer(ABC):
                 that, and *since* stays.
             filter: only messages whose payloads match, see :class:`~pgchannels.filters.Filter`.
             order: ``"asc"``, oldest first, or ``"desc"``, newest first.
-            limit: 1 to 1000 messages; fewer come if they are very large.
+            limit: 1 to 1000 messages; fewer come if they are very large, or behind thousands of
+                others whose time is over and which have not been pruned yet.
 
         Raises:
             InvalidChannel, InvalidPosition, InvalidFilter, ValueError: for bad arguments.
@@ -423,7 +424,7 @@ class ChannelLayer(ABC):
         messages: list[Message] = []
         end: Position | None = None
         truncated = False
-        pages = 1 if wanted is None else _MAX_FILTERED_PAGES
+        pages = _MAX_SPARSE_PAGES
         size = limit + 1  # one more than asked for tells whether there is a next page
         while True:
             before = _MAX_ID if high is None else high.id
@@ -445,8 +446,8 @@ class ChannelLayer(ABC):
             following = None
             if len(messages) > limit:
                 following = messages[limit - 1].position
-            elif page.full and len(between) == len(page.messages):
-                following = between[-1].position
+            elif page.full and page.end < before:
+                following = Position(head.epoch, page.end)
             pages -= 1
             if (
                 following is None

@@ -262,6 +262,8 @@ class PostgresFollower(Follower):
         # By the loop's clock; the lease was asked for before, so it ends later than that.
         self._active_until = 0.0
         self._error: UnknownPosition | None = None
+        # A saved position that could not be read from.
+        self._refused: Position | None = None
         self._asked = asyncio.Event()
         self._changed = asyncio.Event()
         self._iterating = False
@@ -349,6 +351,16 @@ class PostgresFollower(Follower):
             if term.lost:
                 return
             raise StopAsyncIteration from None
+        except UnknownPosition:
+            # The log has been rewritten while we read. The saved position went back with it, and is
+            # good in the new epoch: begin again there. One that is refused twice is another log's.
+            position = Position(term.epoch, term.progress.newest)
+            is_refused = term.stream is None and position == self._refused
+            self._refused = position if term.stream is None else None
+            self._lose(term)
+            if is_refused:
+                raise
+            return
         except DatabaseUnavailable as error:
             logger.info("follower %s cannot read yet: %s", self._name, error)
             # Somebody else asks the database all the time, and then there is a change.

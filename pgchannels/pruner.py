@@ -79,6 +79,8 @@ class Pruner:
         self._settings = settings
         self._session = session
         self._lease = lease
+        # Batches before this one have been thinned out.
+        self._thinned_to = 0
 
     @property
     def _group_expiry(self) -> timedelta | None:
@@ -150,6 +152,7 @@ class Pruner:
         report.expired_deleted = await self._in_chunks("delete_expired")
         # Not up to the floor: when a batch was sealed says when its messages will be overdue.
         report.batches_deleted = await self._in_chunks("delete_batches", overdue)
+        await self._thin_batches()
         report.keys_deleted = await self._in_chunks("delete_expired_keys")
         report.revocations_deleted = await self._in_chunks("delete_expired_revocations")
         await self._in_chunks("delete_due_rates")
@@ -180,6 +183,15 @@ class Pruner:
             logger.warning("partition %s not dropped this time: %s", name, error)
         else:
             report.partitions_dropped.append(name)
+
+    async def _thin_batches(self) -> None:
+        """Of batches that are a minute old, keep one a second: that is enough for ``since=``."""
+        while True:
+            begin = self._thinned_to
+            ((self._thinned_to, count),) = await self._session.fetch("thin_batches", begin, _CHUNK)
+            logger.debug("%d batches thinned out, up to id %d", count, self._thinned_to)
+            if self._thinned_to == begin:
+                return
 
     async def _value(self, query: str, *arguments: object) -> int:
         (row,) = await self._session.fetch(query, *arguments)

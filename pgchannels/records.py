@@ -11,6 +11,7 @@ from uuid import UUID
 from pgchannels.messages import Message, Position
 
 __all__ = [
+    "NOTHING_SEEN",
     "ConnectionInfo",
     "FollowerStatus",
     "Head",
@@ -22,6 +23,7 @@ __all__ = [
     "PresenceBy",
     "Present",
     "Receipt",
+    "Seen",
     "flatten",
 ]
 
@@ -48,6 +50,18 @@ class Head(NamedTuple):
     floor: int
 
 
+class Seen(NamedTuple):
+    """A batch that has been seen as the newest one."""
+
+    id: int
+    """Its last message; 0 if none has been seen."""
+    mark: int
+    """What tells it from another one that ends there."""
+
+
+NOTHING_SEEN = Seen(0, 0)
+
+
 class LogPage(NamedTuple):
     """Messages in order, and the bounds of the log when they were read.
 
@@ -57,11 +71,20 @@ class LogPage(NamedTuple):
     messages: list[Message]
     head: Head
     full: bool
+    last: int | None = None
+    """The last id that was looked at, if that is not the last message's: its time was over."""
+    mark: int | None = None
+    """The newest batch's; None if the log is empty, or lacks the batch that the reader has seen."""
+
+    @property
+    def end(self) -> int:
+        """The id at which a full page ended."""
+        return self.messages[-1].id if self.last is None else self.last
 
     @property
     def upto(self) -> int:
         """The id that an oldest-first page reaches: everything up to it is in."""
-        return self.messages[-1].id if self.full else self.head.id
+        return self.end if self.full else self.head.id
 
 
 class Receipt(NamedTuple):

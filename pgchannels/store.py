@@ -24,7 +24,7 @@ from pgchannels.errors import (
 )
 from pgchannels.messages import Message, Position
 from pgchannels.payloads import DEFAULT, Serializer
-from pgchannels.records import Head, LogPage, Outgoing, flatten
+from pgchannels.records import NOTHING_SEEN, Head, LogPage, Outgoing, Seen, flatten
 from pgchannels.schema import REVISIONS, check_revision
 from pgchannels.sql import load_queries
 
@@ -93,6 +93,11 @@ class Queries:
     async def head(self) -> Head:
         (row,) = await self.fetch("head")
         return Head(*row)
+
+    async def head_after(self, seen: Seen) -> tuple[Head, int | None]:
+        """The end of the log, and the newest batch's mark; None if the log lacks the one seen."""
+        (row,) = await self.fetch("head_after", *seen)
+        return Head(*row[:3]), row[3]
 
     async def insert(self, messages: Sequence[Outgoing]) -> list[datetime]:
         """Publish, in one transaction and in this order; return when each was published.
@@ -187,11 +192,16 @@ class Queries:
         await self.fetch("notify", channel, payload)
 
     async def read_channels(
-        self, channels: Sequence[str], after: int, *, limit: int | None = None
+        self,
+        channels: Sequence[str],
+        after: int,
+        *,
+        limit: int | None = None,
+        seen: Seen = NOTHING_SEEN,
     ) -> LogPage:
         """The messages of *channels* with ids above *after*, oldest first."""
         limit, size = limit or self._settings.page_size, self._settings.page_bytes
-        return await self._read("read_channels", channels, after, limit=limit, size=size)
+        return await self._read("read_channels", channels, after, limit=limit, size=size, seen=seen)
 
     async def read_backwards(self, channel: str, before: int, after: int, limit: int) -> LogPage:
         """The messages of *channel* with ids between *after* and *before*, newest first."""
@@ -200,33 +210,37 @@ class Queries:
             "read_channel_backwards", channel, before, after, limit=limit, size=size
         )
 
-    async def read_log(self, after: int) -> LogPage:
+    async def read_log(self, after: int, *, seen: Seen = NOTHING_SEEN) -> LogPage:
         """The messages of all channels with ids above *after*, oldest first."""
         limit, size = self._settings.page_size, self._settings.page_bytes
-        return await self._read("read_log", after, limit=limit, size=size)
+        return await self._read("read_log", after, limit=limit, size=size, seen=seen)
 
-    async def _read(self, query: str, *arguments: Any, limit: int, size: int) -> LogPage:
+    async def _read(
+        self, query: str, *arguments: Any, limit: int, size: int, seen: Seen = NOTHING_SEEN
+    ) -> LogPage:
         while True:
             # A statement is planned before it takes its snapshot. If in between a partition is
             # attached and filled, the snapshot's head lies in a partition that the plan lacks, and
             # the page has a hole. So a head counts only if the partition that it lies in was known
             # of before the statement was sent; else, once more.
             known = self._partitioned_to
-            rows = await self.fetch(query, *arguments, limit, size)
-            head, epoch, floor, partitioned_to = rows[0][:4]
+            rows = await self.fetch(query, *arguments, limit, size, *seen)
+            head, epoch, floor, partitioned_to, mark = rows[0][:5]
             self._partitioned_to = max(known, partitioned_to)
             if head < known:
                 break
         messages = [
             Message(
-                *(row[4], row[5], row[6], row[7], row[8], epoch, row[9], row[10]),
+                *(row[6], row[7], row[8], row[9], row[10], epoch, row[11], row[12]),
                 serializer=self._serializer,
             )
             for row in rows
-            if row[4] is not None
+            if row[5]  # not if its time is over, or if there is no message at all
         ]
-        full = len(messages) == limit or sum(message.size for message in messages) >= size
-        return LogPage(messages, Head(head, epoch, floor), full)
+        last = rows[-1][6]
+        found = 0 if last is None else len(rows)
+        full = found == limit or (found > 0 and sum(row[10] for row in rows) >= size)
+        return LogPage(messages, Head(head, epoch, floor), full, last, mark)
 
 
 class Store(Queries):

@@ -164,13 +164,14 @@ class Tail:
 
     async def _newest_of(self, channel: str, head: int, count: int) -> list[Message]:
         found: list[Message] = []
-        before = head + 1
+        before, limit = head + 1, count
         while len(found) < count:
-            page = await self._store.read_backwards(channel, before, 0, count)
+            page = await self._store.read_backwards(channel, before, 0, limit)
             found += [message for message in page.messages if message.is_for(None)]
             if not page.full:
                 break
-            before = page.messages[-1].id
+            before = page.end
+            limit = max(count, self._settings.page_size)  # many are not for us, or expired
         return found[:count]
 
     def _hint(self, payload: str) -> None:

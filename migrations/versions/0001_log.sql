@@ -101,8 +101,11 @@ create table pgchannels.batches (
     snapshot pg_snapshot not null,
     sealed_at timestamptz not null default clock_timestamp(),
     epoch integer not null default 1,
+    mark bigint not null default (extract(epoch from clock_timestamp()) * 1000000)::bigint,
     constraint batches_pkey primary key (last_id)
 );
+
+comment on column pgchannels.batches.mark is 'the microsecond at which it was sealed; by this, readers know a batch that they have seen';
 
 create index batches_sealed_at on pgchannels.batches (sealed_at);
 
@@ -134,12 +137,11 @@ comment on column pgchannels.log.floor is 'messages with ids up to here may be g
 comment on column pgchannels.log.partitioned_to is 'the first id that no partition takes';
 
 create view pgchannels.bounds as
-select coalesce((select b.last_id from pgchannels.batches b order by b.last_id desc limit 1), 0) as head,
-       coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1) as epoch,
-       l.floor, l.partitioned_to
-  from pgchannels.log l;
+select coalesce(b.last_id, 0) as head, coalesce(b.epoch, 1) as epoch, l.floor, l.partitioned_to, b.mark
+  from pgchannels.log l
+  left join lateral (select n.last_id, n.epoch, n.mark from pgchannels.batches n order by n.last_id desc limit 1) b on true;
 
-comment on view pgchannels.bounds is 'one row: the last id of the log, its epoch, the floor, and the first id without a partition';
+comment on view pgchannels.bounds is 'one row: the last id of the log, its epoch, the floor, the first id without a partition, and the newest batch''s mark';
 
 create table pgchannels.channels (
     name text not null,

@@ -5,6 +5,7 @@ update pgchannels.log set partitioned_to = attached_to;
 alter table pgchannels.log drop column attached_to;
 comment on column pgchannels.log.partitioned_to is 'the first id that no partition takes';
 
+drop function pgchannels.begin_epoch(integer);
 drop function pgchannels.take(text[], bigint[], bigint[], double precision[], double precision[]);
 drop function pgchannels.join_groups(text[], text[], text[], integer[], interval, uuid);
 drop function pgchannels.admit(uuid, text[], text[], text[], integer[], integer[], integer[]);

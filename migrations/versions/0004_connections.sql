@@ -492,6 +492,42 @@ begin
 end
 $$;
 
+-- Begin a new epoch: the log no longer holds what some of its readers have seen, because a backup was
+-- restored or a standby promoted that lacked the end of the log. Positions of earlier epochs are
+-- unknown from then on. Durable readers go on from their positions, which went back with the log.
+-- Returns the epoch that the log has then.
+--
+-- "seen" is the epoch that the caller knows of: of several callers, the first begins a new one.
+create function pgchannels.begin_epoch(seen integer default null) returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    newest integer;
+begin
+    perform pgchannels.lock_sequencer();
+    select b.epoch into strict newest from pgchannels.bounds b;
+    if newest > seen then
+        return newest;
+    end if;
+    -- Clients are told of it.
+    if current_setting('synchronous_commit') = 'off' then
+        perform set_config('synchronous_commit', 'local', true);
+    end if;
+    newest := greatest(newest, seen) + 1;
+    update pgchannels.batches b set epoch = newest
+     where b.last_id = (select max(n.last_id) from pgchannels.batches n);
+    if not found then
+        insert into pgchannels.batches (last_id, snapshot, epoch) values (0, '1:1:', newest);
+    end if;
+    -- One that is locked by an open transaction is taken along when it is next read for.
+    update pgchannels.followers f set epoch = newest, position = least(f.position, b.head)
+      from pgchannels.bounds b
+     where f.name in (select u.name from pgchannels.followers u for update skip locked);
+    return newest;
+end
+$$;
+
 create or replace function pgchannels.seal(max_messages integer default 10000, out sealed integer, out head bigint)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp

@@ -16,6 +16,26 @@ select current_user;
 -- name: head
 select b.head, b.epoch, b.floor from pgchannels.bounds b;
 
+-- name: head_after
+-- The same, and the newest batch's mark; null if the log lacks the batch that ended at the id $1 and had
+-- the mark $2. 0 and 0 stand for none.
+select b.head, b.epoch, b.floor,
+       case when $1::bigint = 0 or exists (select from pgchannels.batches s where s.last_id = $1 and s.mark = $2::bigint)
+            then b.mark end as mark
+  from pgchannels.bounds b;
+
+-- name: was_thinned
+-- Whether the log is the one that a reader knows which last saw the batch that ended at $1 and had the
+-- mark $2, though that batch is gone: by retention, or because it was not the last of its second.
+select $1::bigint <= b.floor
+       or ($2::bigint < (extract(epoch from clock_timestamp()) * 1000000)::bigint - 60000000
+           and coalesce((select n.mark / 1000000 = $2 / 1000000 from pgchannels.batches n
+                          where n.last_id > $1 order by n.last_id limit 1), false)) as is_same
+  from pgchannels.bounds b;
+
+-- name: begin_epoch
+select pgchannels.begin_epoch($1);
+
 -- name: insert
 -- One insert for however many publishers were waiting; unnest keeps their order.
 insert into pgchannels.outbox (channel, payload, expires_at, headers)
@@ -135,21 +155,29 @@ select pg_notify($1, $2);
 -- snapshot: one row at least. A merge of one bounded page a channel, so that the cost does not
 -- depend on how much lies behind. $4 bounds the page's bytes; the message that crosses it is in.
 --
+-- Messages whose time is over are in the page, with "is_live" false, until they are pruned: a read
+-- that walked past them to find others would have no bound.
+--
+-- $5 and $6: the last id and the mark of a batch that was seen earlier, or 0 and 0. If the log lacks
+-- that batch, "mark" is null; else it is the newest batch's.
+--
 -- "between" and "order by channel, id" leave the planner the index on (channel, id) alone. With
 -- "channel = …" and "order by id" it may walk the primary key and filter, expecting the channel all
 -- along it: for a quiet channel beside a few busy ones that is a walk over the whole log.
 select b.head, b.epoch, b.floor, b.partitioned_to,
-       p.id, p.channel, p.payload, p.created_at, p.size, p.headers, p.attachments
+       case when $5::bigint = 0 or exists (select from pgchannels.batches s where s.last_id = $5 and s.mark = $6::bigint)
+            then b.mark end as mark,
+       p.is_live, p.id, p.channel, p.payload, p.created_at, p.size, p.headers, p.attachments
   from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id) - m.size as before
-        from (select m.id, m.channel, m.payload, m.created_at, m.size, m.headers, m.attachments
+        from (select m.id, m.channel, m.payload, m.created_at, m.size, m.headers, m.attachments, m.is_live
                 from unnest($1::text[]) c(channel)
                cross join lateral (
-                   select m.* from pgchannels.messages m
+                   select m.*, (m.expires_at is null or m.expires_at > clock_timestamp()) as is_live
+                     from pgchannels.messages m
                     where m.channel between c.channel and c.channel
                       and m.id > greatest($2::bigint, b.floor)
-                      and (m.expires_at is null or m.expires_at > clock_timestamp())
                     order by m.channel, m.id limit $3) m
                order by m.id limit $3) m
   ) p on p.before < $4::bigint
@@ -158,14 +186,16 @@ select b.head, b.epoch, b.floor, b.partitioned_to,
 -- name: read_channel_backwards
 -- As read_channels, for one channel ($1) before an id ($2) and after one ($3), newest first.
 select b.head, b.epoch, b.floor, b.partitioned_to,
-       p.id, p.channel, p.payload, p.created_at, p.size, p.headers, p.attachments
+       case when $6::bigint = 0 or exists (select from pgchannels.batches s where s.last_id = $6 and s.mark = $7::bigint)
+            then b.mark end as mark,
+       p.is_live, p.id, p.channel, p.payload, p.created_at, p.size, p.headers, p.attachments
   from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id desc) - m.size as before
-        from (select m.* from pgchannels.messages m
+        from (select m.*, (m.expires_at is null or m.expires_at > clock_timestamp()) as is_live
+                from pgchannels.messages m
                where m.channel between $1 and $1
                  and m.id < $2::bigint and m.id > greatest($3::bigint, b.floor)
-                 and (m.expires_at is null or m.expires_at > clock_timestamp())
                order by m.channel desc, m.id desc limit $4) m
   ) p on p.before < $5::bigint
  order by p.id desc;
@@ -173,20 +203,23 @@ select b.head, b.epoch, b.floor, b.partitioned_to,
 -- name: read_log
 -- As read_channels, for the log as a whole.
 select b.head, b.epoch, b.floor, b.partitioned_to,
-       p.id, p.channel, p.payload, p.created_at, p.size, p.headers, p.attachments
+       case when $4::bigint = 0 or exists (select from pgchannels.batches s where s.last_id = $4 and s.mark = $5::bigint)
+            then b.mark end as mark,
+       p.is_live, p.id, p.channel, p.payload, p.created_at, p.size, p.headers, p.attachments
   from pgchannels.bounds b
   left join lateral (
       select m.*, sum(m.size) over (order by m.id) - m.size as before
-        from (select m.* from pgchannels.messages m
+        from (select m.*, (m.expires_at is null or m.expires_at > clock_timestamp()) as is_live
+                from pgchannels.messages m
                where m.id > greatest($1::bigint, b.floor)
-                 and (m.expires_at is null or m.expires_at > clock_timestamp())
                order by m.id limit $2) m
   ) p on p.before < $3::bigint
  order by p.id;
 
 -- name: position_before
 -- How far the log had come before a time: to the end of the last batch that was sealed before then; 0
--- if none is known. The times of batches grow as their ids do.
+-- if none is known. The times of batches grow as their ids do. After a minute, only the last batch of
+-- each second is known.
 select b.epoch, coalesce((select s.last_id from pgchannels.batches s
                            where s.sealed_at < $1 order by s.sealed_at desc limit 1), 0) as id
   from pgchannels.bounds b;
@@ -353,6 +386,23 @@ with deleted as (
     returning 1
 )
 select count(*) from deleted;
+
+-- name: thin_batches
+-- Of the batches from $1 on, $2 at most, keep the last of each second once it is a minute ago. Returns
+-- from where to go on, and how many were deleted. The newest stays in any case.
+with looked_at as (
+    select b.last_id, b.mark, lead(b.mark) over (order by b.last_id) as following,
+           b.mark < (extract(epoch from clock_timestamp()) * 1000000)::bigint - 60000000 as is_old
+      from (select o.last_id, o.mark from pgchannels.batches o
+             where o.last_id >= $1::bigint order by o.last_id limit $2) b
+), deleted as (
+    delete from pgchannels.batches b
+     using looked_at s
+     where b.last_id = s.last_id and s.is_old and s.following / 1000000 = s.mark / 1000000
+    returning 1
+)
+select coalesce(max(s.last_id) filter (where s.is_old), $1) as reached, (select count(*) from deleted) as count
+  from looked_at s;
 
 -- name: requeue_stragglers
 select pgchannels.requeue_stragglers();
@@ -678,8 +728,11 @@ with lease as (
      where f.name = $1 and ($5::boolean or f.holder is distinct from $2)
        for update of f skip locked
 ), taken as (
-    update pgchannels.followers f set holder = $2, channels = $4::text[]
-      from unlocked u where f.name = u.name
+    -- Its position is one of this log, in whatever epoch: it went back when the log did.
+    update pgchannels.followers f
+       set holder = $2, channels = $4::text[], epoch = greatest(f.epoch, b.epoch),
+           position = case when f.epoch < b.epoch then least(f.position, b.head) else f.position end
+      from unlocked u cross join pgchannels.bounds b where f.name = u.name
     returning f.position, f.epoch
 )
 select f.position, f.epoch, coalesce(f.begins, false) as begins

@@ -67,7 +67,7 @@ class TestWidth:
         connection.execute("set plan_cache_mode = force_generic_plan")
         connection.execute(("prepare read as " + QUERIES["read_log"]).encode())
         with connection.transaction():
-            connection.execute("execute read(0, 1000, 1000000)")
+            connection.execute("execute read(0, 1000, 1000000, 0, 0)")
             locks = "select count(*) from pg_locks where pid = pg_backend_pid()"
             assert value(connection, locks) < 500
 

@@ -481,42 +481,79 @@ class TestPlans:
         return found
 
     def test_a_page_of_a_long_history(self, log: Connection, mode: str) -> None:
-        scans = self.scans(log, mode, "read_channels", "array['room:7']", "-1", "6", "1048576")
+        scans = self.scans(
+            log, mode, "read_channels", "array['room:7']", "-1", "6", "1048576", "0", "0"
+        )
         # Six, and the first one of each partition.
+        assert rows_read(scans) <= 6 + 20
+
+    def test_a_page_of_messages_whose_time_is_over(self, log: Connection, mode: str) -> None:
+        log.execute("update pgchannels.messages set expires_at = '2020-01-01'")
+        scans = self.scans(
+            log, mode, "read_channels", "array['room:7']", "-1", "6", "1048576", "0", "0"
+        )
         assert rows_read(scans) <= 6 + 20
 
     def test_what_is_new_of_some_channels(self, log: Connection, mode: str) -> None:
         scans = self.scans(
-            log, mode, "read_channels", "array['room:7', 'room:8']", "19600", "1000", "1048576"
+            log,
+            mode,
+            "read_channels",
+            "array['room:7', 'room:8']",
+            "19600",
+            "1000",
+            "1048576",
+            "0",
+            "0",
         )
         assert oldest(scans) == 19_001
         assert rows_read(scans) == 8
 
     def test_a_page_of_a_quiet_channel(self, log: Connection, mode: str) -> None:
         # Few channels, so a planner that goes by averages expects to find this one everywhere.
-        scans = self.scans(log, mode, "read_channels", "array['quiet']", "-1", "51", "1048576")
+        scans = self.scans(
+            log, mode, "read_channels", "array['quiet']", "-1", "51", "1048576", "0", "0"
+        )
         assert rows_read(scans) == 1
 
     def test_the_newest_of_a_channel(self, log: Connection, mode: str) -> None:
         scans = self.scans(
-            log, mode, "read_channel_backwards", "'room:7'", str(2**63 - 1), "0", "6", "1048576"
+            log,
+            mode,
+            "read_channel_backwards",
+            "'room:7'",
+            str(2**63 - 1),
+            "0",
+            "6",
+            "1048576",
+            "0",
+            "0",
         )
         assert rows_read(scans) <= 396  # its own, of 19 800
 
     def test_the_newest_of_a_quiet_channel(self, log: Connection, mode: str) -> None:
         scans = self.scans(
-            log, mode, "read_channel_backwards", "'quiet'", str(2**63 - 1), "0", "51", "1048576"
+            log,
+            mode,
+            "read_channel_backwards",
+            "'quiet'",
+            str(2**63 - 1),
+            "0",
+            "51",
+            "1048576",
+            "0",
+            "0",
         )
         # A partition of a few pages may be read as it is; not all 19 800 rows.
         assert rows_read(scans) <= 1000
 
     def test_what_is_new_of_the_log(self, log: Connection, mode: str) -> None:
-        scans = self.scans(log, mode, "read_log", "19600", "1000", "1048576")
+        scans = self.scans(log, mode, "read_log", "19600", "1000", "1048576", "0", "0")
         assert oldest(scans) == 19_001
         assert rows_read(scans) == 200
 
     def test_a_page_of_the_log(self, log: Connection, mode: str) -> None:
-        scans = self.scans(log, mode, "read_log", "-1", "100", "1048576")
+        scans = self.scans(log, mode, "read_log", "-1", "100", "1048576", "0", "0")
         assert {node["Relation Name"] for node in scans} == {"messages_1"}
         assert rows_read(scans) == 100
         assert [node["Index Name"] for node in scans] == ["messages_1_pkey"]

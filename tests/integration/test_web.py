@@ -678,7 +678,7 @@ class TestConsumer:
             async with room.socket("room=room") as socket:
                 await ask(socket, {})
                 await layer.send("room", {"n": 1})
-                assert (await answer(socket))["position"] == "1-1"
+                assert (await answer(socket))["position"] == "2-1"
 
     async def test_nobody_has_opened_the_layer(
         self, database_url: str, errors: Callable[[], list[str]]

@@ -340,7 +340,7 @@ async def test_every_committed_message_once_in_one_order(
 
         # Of itself, not of a transaction that anyone waited for.
         ends = [Transaction(next(scene.clock), next(scene.clock), [(c, "end")]) for c in CHANNELS]
-        rows = await layers[1]._opened.store.fetch("read_log", 0, 10**6, 10**9)
+        rows = await layers[1]._opened.store.fetch("read_log", 0, 10**6, 10**9, 0, 0)
         log = [(row["id"], row["channel"], json.loads(row["payload"])["key"]) for row in rows]
         try:
             check_log(log, scene.committed + ends)
