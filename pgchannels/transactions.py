@@ -41,6 +41,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+# On another server, before and since PostgreSQL 17; in another database of the server.
+_UNKNOWN_SNAPSHOT = frozenset({"22023", "42704", "0A000"})
+
 
 async def move_in_transaction(transaction: Any, schema: str, move: Move) -> Moved | None:
     """Move a position as a part of *transaction*; None if the conditions do not hold.
@@ -76,7 +79,15 @@ async def begin_repeatable_read(transaction: Any, schema: str) -> None:
 async def adopt_snapshot(transaction: Any, schema: str, snapshot: str) -> None:
     """Let *transaction* see what the exported *snapshot* shows; after begin_repeatable_read()."""
     # The server has made the name: hexadecimal digits and hyphens.
-    await _set(transaction, schema, f"set transaction snapshot '{snapshot}'")
+    try:
+        await _set(transaction, schema, f"set transaction snapshot '{snapshot}'")
+    except (asyncpg.PostgresError, DBAPIError) as error:
+        if _sqlstate(error) in _UNKNOWN_SNAPSHOT:
+            raise ConfigurationError(
+                "this transaction is in another database than the layer, or on a replica of it, "
+                "and cannot see a snapshot of the layer's"
+            ) from error
+        raise
 
 
 async def _set(transaction: Any, schema: str, statement: str) -> None:

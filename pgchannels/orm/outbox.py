@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, NamedTuple
@@ -217,16 +217,17 @@ def _attempt(
     return None, is_written
 
 
-def _transaction(bind: Engine | Connection) -> AbstractContextManager[Connection]:
-    if isinstance(bind, Engine):
-        return bind.begin()
-    return _transaction_on(bind)
-
-
 @contextmanager
-def _transaction_on(connection: Connection) -> Iterator[Connection]:
-    with connection.begin_nested() if connection.in_transaction() else connection.begin():
-        yield connection
+def _transaction(bind: Engine | Connection) -> Iterator[Connection]:
+    if isinstance(bind, Connection):
+        with bind.begin_nested() if bind.in_transaction() else bind.begin():
+            yield bind
+        return
+    with bind.connect() as connection:
+        # Not in AUTOCOMMIT, where keys would stay claimed for messages that have failed.
+        connection.execution_options(isolation_level="READ COMMITTED")
+        with connection.begin():
+            yield connection
 
 
 def _reason(error: BaseException) -> str:

@@ -344,8 +344,15 @@ def session_class() -> type[Session]:
     return type("Session", (Session,), {})
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("first", [True, False], ids=["listening first", "listening last"])
+# A listener may be called before ours, or after.
+BEFORE = [pytest.param(ending, True, id=ending.__name__) for ending in ENDINGS]
+AFTER = [
+    pytest.param(ending, False, id=f"{ending.__name__}, listening last")
+    for ending in (commit, block_left_by_an_exception, close, flush_fails)
+]
+
+
+@pytest.mark.parametrize(("ending", "first"), BEFORE + AFTER)
 def test_every_event_and_every_ending(
     engine: sa.Engine,
     counter: WakeCounter,
@@ -513,6 +520,34 @@ class TestAfterTheCommit:
                 " extract(epoch from expires_at - created_at)::int from pgchannels.outbox"
             ).fetchall()
         assert rows == [("b", False, 60)]
+
+    @pytest.mark.parametrize("level", ["AUTOCOMMIT", "SERIALIZABLE"])
+    def test_whatever_the_engines_isolation_is(
+        self,
+        engine: sa.Engine,
+        counter: WakeCounter,
+        log: Log,
+        level: Any,
+    ) -> None:
+        maker = sessionmaker(engine.execution_options(isolation_level=level))
+        install(maker, counter.layer)
+        levels: list[str] = []
+
+        @event.listens_for(maker, "after_commit")
+        def committed(session: Session) -> None:
+            publish(session, "room", {"n": 1})
+
+        @event.listens_for(engine, "before_cursor_execute")
+        def look(connection: sa.Connection, _: Any, statement: str, *rest: Any) -> None:
+            if "outbox" in statement:
+                driver_connection: Any = connection.connection.dbapi_connection
+                levels.append(connection.get_isolation_level())
+                assert not driver_connection.autocommit
+
+        with maker.begin() as session:
+            session.add(item())
+        assert levels == ["READ COMMITTED"]
+        assert log.read() == [1]
 
     def test_its_key_is_claimed_once(self, make: sessionmaker[Session], log: Log) -> None:
         @event.listens_for(make, "after_commit")

@@ -30,6 +30,7 @@ from pgchannels import (
     PostgresLayer,
     Settings,
 )
+from pgchannels.embedded import EmbeddedPostgres
 from tests.support.eventually import eventually
 
 ITEMS = 20
@@ -251,6 +252,20 @@ class TestTransactions:
             await read(number)
             with pytest.raises(ConfigurationError, match=r"a query already.* session of its own"):
                 await layer.snapshot(transaction)
+
+    async def test_elsewhere_than_in_the_layers_database(
+        self,
+        layer: PostgresLayer,
+        empty_database_url: str,
+        make_server: Callable[[], EmbeddedPostgres],
+    ) -> None:
+        other_server = await asyncio.to_thread(make_server)
+        for url in (empty_database_url, other_server.url()):
+            connection = await asyncpg.connect(url)
+            with pytest.raises(ConfigurationError, match="another database than the layer"):
+                async with connection.transaction():
+                    await layer.snapshot(connection)
+            await connection.close()
 
     async def test_a_session_that_has_run_a_query_can_commit_first(
         self, layer: PostgresLayer, engine: AsyncEngine, connection: asyncpg.Connection
