@@ -56,7 +56,8 @@ def upgrade(settings: Settings | str, revision: str = "head") -> None:
 
     It does not wait for long for a lock, because publishers would have to wait behind it: it gives
     up what it has, and tries again, for a minute. A schema that a newer version has migrated, and
-    which this one works on, is left as it is.
+    which this one works on, is left as it is. The limit of the database for messages is raised to
+    ``max_message_size``, if it is lower.
 
     Raises:
         ConfigurationError: the schema holds something else already: it is not pgchannels' own.
@@ -69,6 +70,8 @@ def upgrade(settings: Settings | str, revision: str = "head") -> None:
         check_revision(resolved.schema_name, found, works_from)
         return
     _patiently(lambda: _run_command(resolved, lambda config: command.upgrade(config, revision)))
+    if revision in ("head", NEEDED_REVISION):
+        _patiently(lambda: run_in_transaction(resolved, lambda c: _raise_limit(c, resolved)))
 
 
 def downgrade(settings: Settings | str, revision: str) -> None:
@@ -129,6 +132,14 @@ def _found(settings: Settings) -> tuple[str | None, str | None]:
         return found, connection.scalar(text(f'select works_from from "{schema}".log'))
 
     return run_in_transaction(settings, read)
+
+
+def _raise_limit(connection: Connection, settings: Settings) -> None:
+    """Let the database take messages that are as large as the settings allow. Never lower it."""
+    schema, wanted = settings.schema_name, settings.max_message_size
+    limit = connection.scalar(text(f'select max_message_size from "{schema}".log'))
+    if limit < wanted:
+        connection.execute(text(f'select "{schema}".limit_messages({wanted})'))
 
 
 def _patiently(migrate: Callable[[], None]) -> None:

@@ -80,7 +80,10 @@ class Settings(BaseSettings):
     """How long a statement may take before its connection counts as dead."""
 
     max_message_size: int = Field(1024 * 1024, ge=2, le=16 * 1024 * 1024)
-    """Bytes of a payload's JSON text."""
+    """Bytes of a message: of its payload's JSON text and its attachments.
+
+    The database has a limit too, for all that publish, also from SQL: 1 MiB, or the largest that a
+    process of the schema's owner or ``pgchannels migrate`` was ever set up for."""
 
     poll_interval: Seconds = 1.0
     """How often a node looks for new messages, and into the outbox, without having been told."""

@@ -16,6 +16,7 @@ from uuid import UUID
 
 import asyncpg
 
+from pgchannels.backoff import Backoff
 from pgchannels.connections import UNAVAILABLE, connect, create_pool, driver_errors
 from pgchannels.errors import (
     ChannelLayerClosed,
@@ -39,6 +40,10 @@ logger = logging.getLogger("pgchannels.store")
 
 # Seconds that a connection may take to say goodbye.
 _CLOSING_TIME = 2.0
+
+# How often the limit of messages is tried to be raised, and gives up its wait for the outbox.
+_TRIES = 4
+_LOCK_NOT_AVAILABLE = "55P03"
 
 # Seconds that the server may take to confirm that it has cancelled a statement.
 _CANCELLING_TIME = 1.0
@@ -310,6 +315,39 @@ class Store(Queries):
             logger.info(
                 "role %s is no maintainer of schema %s: this node does not prune", row["we"], schema
             )
+        await self._raise_limit(row["owner"])
+
+    async def _raise_limit(self, owner: str) -> None:
+        """Let the database take messages that are as large as our settings allow.
+
+        It is never lowered: another process may be set up for larger ones.
+        """
+        wanted = self._settings.max_message_size
+        ((limit,),) = await self.fetch("max_message_size")
+        if limit >= wanted:
+            return
+        statement = f"select {self._settings.schema_name}.limit_messages({wanted})"
+        if not self.is_maintainer:
+            raise ConfigurationError(
+                f"max_message_size is {wanted}, but the database takes messages of up to {limit} "
+                f"bytes. Role {owner!r}, who owns the schema, can raise that: {statement}"
+            )
+        backoff = Backoff(base=0.1, cap=1.0)
+        for _ in range(_TRIES):
+            try:
+                await self.fetch("limit_messages", wanted)
+            except DatabaseError as error:
+                if error.sqlstate != _LOCK_NOT_AVAILABLE:
+                    raise
+                await asyncio.sleep(backoff.next())
+            else:
+                return
+        logger.warning(
+            "messages of more than %d bytes are refused until this has been run, for which now a "
+            "transaction that has published is in the way: %s",
+            limit,
+            statement,
+        )
 
     async def _works_from(self) -> str | None:
         try:

@@ -729,11 +729,11 @@ begin
     execute format('grant insert (channel, payload, expires_at, headers, attachments) on pgchannels.outbox to %I', role_name);
     for routine in select p.oid::regprocedure from pg_proc p
                     where p.pronamespace = log_class.relnamespace
-                      and (p.proname in ('is_channel', 'is_payload', 'is_headers', 'is_attachments', 'check_message', 'check_ttl', 'publish',
+                      and (p.proname in ('is_channel', 'is_payload', 'is_headers', 'is_attachments', 'attachments_size', 'check_message', 'check_ttl', 'publish',
                                          'publish_many', 'primary_key', 'watched_channel', 'watched_change', 'user_channel',
                                          'check_reserved', 'claim_keys', 'claim_channel_keys')
                            or to_users and p.proname = 'claim_reserved_keys'
-                           or kind = 'node' and p.proname not in ('watch', 'unwatch', 'publish_changes', 'grant_access', 'regrant')) loop
+                           or kind = 'node' and p.proname not in ('watch', 'unwatch', 'limit_messages', 'publish_changes', 'grant_access', 'regrant')) loop
         execute format('grant execute on routine %s to %I', routine, role_name);
     end loop;
     if kind = 'node' then

@@ -72,6 +72,44 @@ alter table pgchannels.outbox add constraint outbox_commands_are_nodes check (
     channel not in ('pgchannels:commands', 'pgchannels:members')
     or has_function_privilege('pgchannels.seal(integer)', 'execute'));
 
+alter table pgchannels.log add column max_message_size integer not null default 1048576;
+
+comment on column pgchannels.log.max_message_size is 'bytes of payload and attachments that a message may have; changed by limit_messages()';
+
+create function pgchannels.attachments_size(attachments bytea[]) returns bigint
+language plpgsql immutable strict parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return (select coalesce(sum(octet_length(a.bytes)), 0) from unnest(attachments) a(bytes));
+end
+$$;
+
+-- Set how many bytes a message may have, for all publishers, in whatever language. The limit is in a
+-- constraint, so that an insert looks up nothing; for that, this waits for the transactions that
+-- have published. Messages that wait to be sequenced pass.
+create function pgchannels.limit_messages(bytes integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms'
+as $$
+begin
+    if bytes is null or bytes not between 2 and 16777216 then
+        raise exception 'invalid limit %: it is 2 to 16777216 bytes', coalesce(bytes::text, 'NULL')
+            using errcode = 'invalid_parameter_value';
+    end if;
+    update pgchannels.log set max_message_size = bytes;
+    alter table pgchannels.outbox drop constraint if exists outbox_max_message_size;
+    -- Nodes name the channels in their news, however long the names are.
+    execute format(
+        'alter table pgchannels.outbox add constraint outbox_max_message_size check ('
+        'octet_length(payload::text) + case when attachments is null then 0 else pgchannels.attachments_size(attachments) end'
+        ' <= %s or channel = %L) not valid', bytes, 'pgchannels:members');
+end
+$$;
+
+select pgchannels.limit_messages(1048576);
+
 create table pgchannels.revocations (
     kind text not null,
     value text not null,

@@ -10,6 +10,13 @@ select pg_get_userbyid(c.relowner) as owner, pg_has_role(c.relowner, 'usage') as
        has_function_privilege('pgchannels.seal(integer)', 'execute') as is_node
   from pg_class c where c.oid = 'pgchannels.messages'::regclass;
 
+-- name: max_message_size
+-- Bytes that a message may have, whoever publishes it.
+select l.max_message_size from pgchannels.log l;
+
+-- name: limit_messages
+select pgchannels.limit_messages($1);
+
 -- name: current_role
 select current_user;
 

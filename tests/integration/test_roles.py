@@ -54,6 +54,7 @@ PUBLISHING = {
     "is_payload",
     "is_headers",
     "is_attachments",
+    "attachments_size",
     "check_message",
     "check_ttl",
     "publish",
@@ -66,7 +67,7 @@ PUBLISHING = {
     "claim_keys",
     "claim_channel_keys",
 }
-GIVING = {"watch", "unwatch", "publish_changes", "grant_access", "regrant"}
+GIVING = {"watch", "unwatch", "publish_changes", "grant_access", "regrant", "limit_messages"}
 
 
 def as_role(url: str, role: str) -> str:
