@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgchannels import ConfigurationError
+from pgchannels import ConfigurationError, MemoryLayer
 from pgchannels.web.auth import JWT, Identity, KeysUnavailable
 from pgchannels.web.errors import AuthenticationError, SocketError, TokenExpired
 from tests.support.tokens import (
@@ -65,7 +65,7 @@ class TestWhatItSays:
         )
         assert identity.user_id == HIDDEN[0]
         assert identity.token_id == "t-1"
-        assert identity.issued_at == datetime.fromtimestamp(exp - 700, UTC)
+        assert identity.issued_at == datetime.fromtimestamp(exp - 705, UTC)
         assert identity.expires_at == datetime.fromtimestamp(exp + 5, UTC)
         assert identity.claims["note"] == HIDDEN[1]
         says_nothing(f"{identity} {identity!r}")
@@ -74,6 +74,13 @@ class TestWhatItSays:
         identity = await hs()(token(iat=NOW - 10 + 0.75, exp=NOW + 600.75))
         assert identity.issued_at == datetime.fromtimestamp(NOW - 10 + 0.75, UTC)
         assert identity.expires_at == datetime.fromtimestamp(NOW + 600, UTC)
+
+    async def test_no_token_outlives_a_revocation_because_its_issuers_clock_is_ahead(self) -> None:
+        verify = JWT(SECRET, algorithms=["HS256"], leeway=60, **OPTIONS)
+        async with MemoryLayer() as layer:
+            identity = await verify(token(iat=time.time() + 30, exp=time.time() + 600))
+            await layer.revoke(user_id=identity.user_id)
+            assert await layer.is_revoked(user_id=identity.user_id, issued_at=identity.issued_at)
 
     async def test_the_user_may_stand_in_another_claim(self) -> None:
         verify = JWT(SECRET, algorithms=["HS256"], user_claim="uid", **OPTIONS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 from pgchannels.errors import ConfigurationError, InvalidUser
@@ -59,7 +59,8 @@ class JWT:
         audience: the token must be for this (one of these). If None, tokens that are for anyone in
             particular are refused.
         issuer: the token must be from this (one of these).
-        leeway: seconds by which clocks may differ.
+        leeway: seconds by which clocks may differ: tokens are accepted for that much longer, and a
+            revocation covers those that say they were issued up to so much later.
         require_expiry: refuse tokens that never expire.
         user_claim: what the user's id is taken from.
         min_refresh: seconds between two fetches on account of unknown key ids.
@@ -170,7 +171,9 @@ class JWT:
             user_id=user_id,
             claims=claims,
             token_id=claims.get("jti"),
-            issued_at=None if issued is None else _time(issued),
+            # An issuer's clock may be ahead of the database's, by which tokens are revoked: a token
+            # must not outlive its revocation by the difference.
+            issued_at=None if issued is None else _time(issued) - timedelta(seconds=self._leeway),
             # Without its fraction, as PyJWT looks at it.
             expires_at=None if expires is None else _time(int(expires) + self._leeway),
         )
