@@ -824,15 +824,25 @@ async def test_keys_of_limits_kinds_and_rates_do_not_meet() -> None:
     own = RateLimit(rates[0], by=lambda _, frame: "ada", shared=True)
     for limit in (by_user, named, own):
         await limit.inbound(connect("ada", layer), chat())
-    anonymous = connect(None, layer)
-    await named.inbound(anonymous, chat())
     assert layer.taken == [
         ("inbound.0:user:ada", rates[0], 2),
         ("inbound.1:user:ada", rates[1], 2),
         ("uploads.0:user:ada", rates[0], 1),
         ("inbound.0:key:ada", rates[0], 1),
-        (f"uploads.0:connection:{anonymous.id}", rates[0], 1),
     ]
+
+
+async def test_a_connection_without_a_user_leaves_no_shared_rate_behind() -> None:
+    """It is on one node, and counted there, also while the database is away."""
+    layer = FakeLayer(error=DatabaseUnavailable("away"))
+    limit = RateLimit(FixedWindow(2, 60), by="user", shared=True)
+    anonymous = connect(None, layer)
+    for _ in range(2):
+        await limit.inbound(anonymous, chat())
+    await refused(limit, anonymous, chat())
+    await limit.inbound(connect(None, layer), chat())
+    assert layer.taken == []
+    limit.closed(anonymous)
 
 
 async def test_a_rate_that_refuses_stands_for_those_behind_it() -> None:

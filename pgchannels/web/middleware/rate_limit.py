@@ -49,8 +49,8 @@ class RateLimit(Middleware):
     Args:
         rate: a :class:`~pgchannels.TokenBucket` or a :class:`~pgchannels.FixedWindow`.
         more: further ones.
-        by: who has a rate: each connection, each user (with all connections; a connection of nobody
-            counts for itself), or whoever that function says.
+        by: who has a rate: each connection, each user (with all connections; a connection without a
+            user counts for itself, in this process), or whoever that function says.
         shared: see above. Not by connection, which is on one node anyway.
         name: of this limit, among those that are shared; two with one name count as one.
         exclude: types that are not counted, of frames up to 4 KiB. ``ping``, ``pong`` and
@@ -117,7 +117,8 @@ class RateLimit(Middleware):
         if cost > self._limiter.capacity:
             raise self._refusal(connection, "this message costs more than is ever allowed")
         key = self._key(connection, frame)
-        if self.shared:
+        # A connection is on one node: shared, each of nobody's would only leave a row behind.
+        if self.shared and key != _of_connection(connection):
             admission = await self._take_shared(connection, key, cost)
         else:
             admission = self._limiter.take(key, self._clock(), cost)
