@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from math import inf
@@ -371,7 +371,7 @@ class Connection(Reader):
         """
         await self.send_json({"type": "truncated"})
 
-    async def start(self) -> None:
+    async def _start(self) -> None:
         """Accept the socket, unless that has been done, and forward what arrives from now on."""
         await self.accept()
         self._tasks.spawn(self._forward_all())
@@ -450,7 +450,7 @@ class Connection(Reader):
         user_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         *,
-        begin: Callable[[], Awaitable[None]] | None = None,
+        starts: bool = False,
     ) -> AbstractAsyncContextManager[None]:
         """Serve the socket in a block, and close it after. It is not accepted yet.
 
@@ -458,15 +458,16 @@ class Connection(Reader):
             identity: who it is, if that is known already.
             user_id: whose it is; the identity's if None.
             metadata: what presence shows of it.
-            begin: is awaited before the block. If it is given, whoever has the block closes the
-                socket in place of it when it does not begin.
+            starts: accept it, and forward to it, before the block. Whoever has the block then
+                closes the socket in place of it when it does not begin.
 
         Raises:
             Refused: the socket was not accepted.
             Unserved: it was at its end before the block began.
             Exception: what nobody expected, as it is. The client and the log have its id.
         """
-        return self._live(self._admit(identity, user_id, metadata), begin)
+        admitting = self._admit(identity, user_id, metadata)
+        return self._live(admitting, self._start if starts else None)
 
     def _stream_ended(self, error: BaseException) -> None:
         # The log may have been rewritten. That is not the client's doing, as an unknown position

@@ -211,14 +211,14 @@ class ConnectionManager:
         connection = Connection(websocket, self)
         connection.accept_with(subprotocol, headers)
         try:
-            async with connection.life(identity, user_id, metadata, begin=connection.start):
+            async with connection.life(identity, user_id, metadata, starts=True):
                 yield connection
         except Refused as refused:
             raise refusal(websocket, refused.problem) from refused
         except Unserved as unserved:
             raise ending(websocket, unserved.code, unserved.reason) from None
-        if connection.error is not None:
-            raise closed_by(websocket, connection.close_code) from connection.error
+        if connection.failed_with is not None:
+            raise closed_by(websocket, connection.close_code) from connection.failed_with
 
     async def disconnect(
         self, connection: Connection | str, code: int = NORMAL, reason: str = ""

@@ -30,6 +30,7 @@ from pgchannels.web.handlers import (
     is_overridden,
 )
 from pgchannels.web.life import Refused, Unserved
+from pgchannels.web.overriding import check_overrides
 from pgchannels.web.refusal import closed_by, refuse
 from pgchannels.web.validation import problems
 from pgchannels.web.wire import CLOSING_TIME
@@ -87,6 +88,7 @@ class WebSocketConsumer(Connection):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         namespace = defining_namespace()
+        check_overrides(cls)
         cls._events = find_events(cls, namespace, cls._events.by_type.values())
         cls._forwards_itself = is_overridden(cls, "forward")
         cls._is_selective = cls._forwards_itself or bool(cls._events.by_type)
@@ -184,9 +186,9 @@ class WebSocketConsumer(Connection):
             await refuse(self.websocket, refused.problem)
             raise closed_by(self.websocket, refused.problem.ws_code) from refused.__cause__
         except Unserved as unserved:
-            raise closed_by(self.websocket, unserved.code) from self.error
-        if self.error is not None:
-            raise closed_by(self.websocket, self.close_code) from self.error
+            raise closed_by(self.websocket, unserved.code) from self.failed_with
+        if self.failed_with is not None:
+            raise closed_by(self.websocket, self.close_code) from self.failed_with
 
     async def _serve(self, values: Mapping[str, Any]) -> None:
         self._connecting = True
@@ -194,7 +196,7 @@ class WebSocketConsumer(Connection):
             return
         if self._asked_to_close is not None:
             return  # refused, or closed again, by connect()
-        await self.start()
+        await self._start()
         await self._essential(self.serve())
 
     async def _essential(self, doing: Awaitable[None]) -> bool:
@@ -206,7 +208,7 @@ class WebSocketConsumer(Connection):
             await doing
         except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
             problem = await self._tell_or_raise(error)
-            self.error = error
+            self.failed_with = error
             self.close_soon(problem.ws_code, problem.code)
             return False
         return True

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pgchannels.errors import ConfigurationError, InvalidPayload
 from pgchannels.messages import Message
 from pgchannels.web.annotations import Unresolved, parameters
+from pgchannels.web.overriding import is_ours
 
 __all__ = [
     "EventHandlers",
@@ -82,7 +83,7 @@ class Handler(NamedTuple):
 
 def is_overridden(cls: type, name: str) -> bool:
     """Whether a user's class, among *cls* and its bases, has defined the method *name*."""
-    return not _is_ours(next(each for each in cls.__mro__ if name in vars(each)))
+    return not is_ours(next(each for each in cls.__mro__ if name in vars(each)))
 
 
 class EventHandlers:
@@ -164,13 +165,9 @@ def _add(found: dict[str, Handler], types: tuple[str, ...], handler: Handler) ->
             raise ConfigurationError(f"{kind!r} has two handlers: {other.name} and {handler.name}")
 
 
-def _is_ours(cls: type) -> bool:
-    return cls is object or cls.__module__.partition(".")[0] == "pgchannels"
-
-
 def _methods(cls: type) -> Iterator[tuple[str, Any]]:
     """What users' classes define, by name, as it is inherited. Ours are left out."""
-    names = {name: None for each in cls.__mro__ if not _is_ours(each) for name in vars(each)}
+    names = {name: None for each in cls.__mro__ if not is_ours(each) for name in vars(each)}
     for name in names:
         method = next(vars(each)[name] for each in cls.__mro__ if name in vars(each))
         if method is not None:  # which is how a subclass takes an inherited handler away
@@ -187,7 +184,7 @@ def _declared(cls: type, name: str, attribute: str) -> tuple[str, ...]:
 
 
 def _overrides_ours(cls: type, name: str) -> bool:
-    return any(name in vars(each) for each in cls.__mro__ if _is_ours(each))
+    return any(name in vars(each) for each in cls.__mro__ if is_ours(each))
 
 
 def _is_channels_style(cls: type, name: str, method: object) -> bool:

@@ -56,7 +56,7 @@ class Life(Wire):
         self, websocket: WebSocket, heartbeat: Heartbeat, send_timeout: float | None
     ) -> None:
         super().__init__(websocket, heartbeat, send_timeout)
-        self.error: Exception | None = None
+        self.failed_with: Exception | None = None
         """The error that has ended it, known or not; None if none has."""
 
     # For a subclass to say
@@ -126,7 +126,7 @@ class Life(Wire):
         if all(self._is_end(each) for each in _leaves(error)):
             return self._note_end(error), None
         error = self._the_one(error)
-        self.error = error
+        self.failed_with = error
         if isinstance(error, WebSocketException):
             self._part(error.reason, None)
             return (error.code if error.code in SENDABLE else INTERNAL_ERROR), None

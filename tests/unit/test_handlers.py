@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import pytest
 from fastapi import Query
@@ -349,6 +350,101 @@ class TestLooking:
         assert handlers("chat.message").find(unparsed(plain)) is None
         with pytest.raises(AssertionError, match="parsed"):
             handlers("chat.message").find(unparsed('{"type":"chat.message"}'))
+
+
+class TestOverriding:
+    """A name of ours that is taken by accident is found out when the class is made."""
+
+    def define(self, base: type = JsonConsumer, **names: Any) -> type:
+        return type("Room", (base,), {"__module__": __name__, **names})
+
+    @pytest.mark.parametrize(
+        ("name", "given", "sentence"),
+        [
+            ("groups", ["news"], r"call self\.group_add\('news'\) in connect\(\)"),
+            ("user_id", "ada", "identify"),
+            ("channel_name", "mine", "another name"),
+            ("state", "idle", "another name"),
+            ("run", nothing, r"override serve\(\)"),
+            ("_handle", nothing, "another name"),
+        ],
+    )
+    def test_what_is_not_to_be_overridden(self, name: str, given: Any, sentence: str) -> None:
+        with pytest.raises(ConfigurationError, match=rf"Room\.{name} would take.*{sentence}"):
+            self.define(JsonConsumer, **{name: given})
+
+    def test_a_method_called_start_is_ones_own(self) -> None:
+        self.define(start=nothing, error="none", life_of_brian=1)
+
+    @pytest.mark.parametrize(
+        "name", ["connect", "disconnect", "forward", "receive_json", "serve", "close", "send_json"]
+    )
+    def test_what_is_not_async(self, name: str) -> None:
+        def method(self: Any, *args: Any, **kwargs: Any) -> None: ...
+
+        with pytest.raises(ConfigurationError, match=rf"Room\.{name} must be an async method"):
+            self.define(JsonConsumer, **{name: method})
+
+    def test_other_parameters(self) -> None:
+        async def no_parameter(self: Any) -> None: ...
+
+        async def of_channels(self: Any, text_data: Any = None, bytes_data: Any = None) -> None: ...
+
+        async def of_two(self: Any, content: Any, also: Any) -> None: ...
+
+        async def wider(self: Any, *args: Any, **kwargs: Any) -> None: ...
+
+        for name in ("disconnect", "forward", "receive_json", "dispatch", "truncated", "serve"):
+            given = of_two if name in ("truncated", "serve") else no_parameter
+            for each in (given, of_two):
+                with pytest.raises(ConfigurationError, match=rf"Room\.{name} has other parameters"):
+                    self.define(JsonConsumer, **{name: each})
+            self.define(JsonConsumer, **{name: wider})
+        says = r"async def receive\(self, text: str \| None = None, bytes: bytes \| None = None\)"
+        with pytest.raises(ConfigurationError, match=says):
+            self.define(WebSocketConsumer, receive=of_channels)
+        with pytest.raises(ConfigurationError, match=r"receive_bytes\(self, data: bytes\)"):
+            self.define(BytesConsumer, receive_bytes=no_parameter)
+
+    def test_a_mixin(self) -> None:
+        class News:
+            groups: ClassVar[list[str]] = ["news"]
+
+        with pytest.raises(ConfigurationError, match=r"Room\.groups"):
+            type("Room", (News, JsonConsumer), {"__module__": __name__})
+        type("Room", (JsonConsumer, News), {"__module__": __name__})
+
+    def test_what_may_be_overridden(self) -> None:
+        class Base(WebSocketConsumer):
+            async def forward(self, message: Any) -> None: ...
+
+            @property
+            def resume_position(self) -> str | None:
+                return None
+
+        class Room(Base, JsonConsumer):
+            async def accept(self, *args: Any, **options: Any) -> None: ...
+
+            async def close(self, code: int = 1000, reason: str | None = None) -> None: ...
+
+        class Nested(Room):
+            async def receive_json(self, content: Any) -> None: ...
+
+        assert Nested._is_selective
+
+    def test_a_decorated_method(self) -> None:
+        def decorated(function: Any) -> Any:
+            @functools.wraps(function)
+            def called(*args: Any) -> Any:
+                return function(*args)
+
+            return called
+
+        class Room(JsonConsumer):
+            @decorated
+            async def receive_json(self, content: Any) -> None: ...
+
+        assert Room.receive_json
 
 
 class TestSignatures:
