@@ -14,7 +14,7 @@ drop function pgchannels.add_places(uuid, integer);
 drop table pgchannels.places;
 drop table pgchannels.rates;
 drop table pgchannels.revocations;
-alter table pgchannels.outbox drop constraint outbox_commands_are_nodes, drop constraint outbox_max_message_size;
+alter table pgchannels.outbox drop constraint outbox_max_message_size;
 drop function pgchannels.limit_messages(integer);
 drop function pgchannels.attachments_size(bytea[]);
 alter table pgchannels.log drop column max_message_size;

@@ -65,13 +65,6 @@ begin
 end
 $$;
 
--- Nodes obey what is in the first of these channels, and look at each name in the second: a publisher,
--- which may insert any other channel's name, must not write there. Rights are only looked up for these
--- names. Rows that are there already pass the check: it is made with the rights of the migrating role.
-alter table pgchannels.outbox add constraint outbox_commands_are_nodes check (
-    channel not in ('pgchannels:commands', 'pgchannels:members')
-    or has_function_privilege('pgchannels.seal(integer)', 'execute'));
-
 alter table pgchannels.log add column max_message_size integer not null default 1048576;
 
 comment on column pgchannels.log.max_message_size is 'bytes of payload and attachments that a message may have; changed by limit_messages()';

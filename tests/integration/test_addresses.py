@@ -65,6 +65,16 @@ def waiting(connection: Connection) -> list[Any]:
     ).fetchall()
 
 
+def is_waiting(connection: Connection) -> bool:
+    """Whether a transaction of this database waits for another one."""
+    found = value(
+        connection,
+        "select exists (select from pg_stat_activity where wait_event_type = 'Lock'"
+        " and datname = current_database())",
+    )
+    return bool(found)
+
+
 class World(NamedTuple):
     """Two connections of one user and one of another, all in a group, and what they read."""
 
@@ -348,21 +358,12 @@ class TestKeys:
             with make.begin() as session:
                 publish(session, "a", {"n": 2}, key="k")
 
-        def is_waiting() -> bool:
-            return bool(
-                value(
-                    connection,
-                    "select exists (select from pg_stat_activity where wait_event_type = 'Lock'"
-                    " and datname = current_database())",
-                )
-            )
-
         with make() as first, ThreadPoolExecutor(1) as pool:
             publish(first, "a", {"n": 1}, key="k")
             first.flush()
             other = pool.submit(second)
             try:
-                await eventually(is_waiting)
+                await eventually(lambda: is_waiting(connection))
             finally:
                 if commits:
                     first.commit()
@@ -370,6 +371,39 @@ class TestKeys:
                     first.rollback()
             other.result(20)
         assert waiting(connection) == [1] if commits else [2]
+
+    def test_a_snapshot_that_does_not_show_it_is_a_serialization_failure(
+        self, database_url: str, connection: Connection
+    ) -> None:
+        call = "select pgchannels.publish('a', '{\"n\": 1}', key => 'k')"
+        with psycopg.connect(database_url) as other:
+            other.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            other.execute("select 1")
+            connection.execute(call)
+            with pytest.raises(psycopg.errors.SerializationFailure):
+                other.execute(call)
+            other.rollback()
+            assert other.execute(call).fetchone() == (False,)
+
+    async def test_two_that_claim_keys_in_different_orders_are_a_deadlock(
+        self, database_url: str, connection: Connection
+    ) -> None:
+        def claim(transaction: Connection, key: str) -> None:
+            transaction.execute("select pgchannels.publish('a', '{}', key => %s)", [key])
+
+        with (
+            psycopg.connect(database_url) as one,
+            psycopg.connect(database_url, options="-c deadlock_timeout=10ms") as two,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            claim(one, "a")
+            claim(two, "b")
+            waiting = pool.submit(claim, one, "b")
+            await eventually(lambda: is_waiting(connection))
+            with pytest.raises(psycopg.errors.DeadlockDetected):
+                claim(two, "a")
+            two.rollback()
+            waiting.result(20)
 
     async def test_the_layer_knows_it(
         self, make: sessionmaker[Session], connection: Connection, database_url: str

@@ -142,7 +142,7 @@ class TestNobodyElse:
                 "insert into pgchannels.outbox (channel, payload) values ('a', '{}')"
             )
             for channel in (COMMANDS, MEMBERS):
-                with pytest.raises(psycopg.errors.CheckViolation, match="commands_are_nodes"):
+                with pytest.raises(psycopg.errors.CheckViolation, match="reserved_are_granted"):
                     connection.execute(
                         "insert into pgchannels.outbox (channel, payload) values (%s, '{}')",
                         [channel],
