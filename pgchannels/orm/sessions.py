@@ -416,7 +416,7 @@ def _after_commit(session: Session) -> None:
     if session.in_nested_transaction():
         return
     late = endings.committed(session)
-    if session.new:
+    if session._new:  # noqa: SLF001
         # From an event of the driver's, say, when the last flush was over.
         late[:0] = _take_waiting(session)
     engine = session.info.pop(_PUBLISHED, None)
@@ -464,7 +464,8 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
     session.info.pop(_PUBLISHED, None)
     flushes.end(session)
     late = endings.ended(session)
-    if session.new and not session.in_transaction() and (waiting := _take_waiting(session)):
+    is_left = session._new and not session.in_transaction()  # noqa: SLF001
+    if is_left and (waiting := _take_waiting(session)):
         # What waits in a session is dropped when it is closed, before its events are called.
         logger.warning(
             "%d messages are dropped that were published while a session was being closed, on %s",
