@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from starlette.websockets import WebSocket
 
-__all__ = ["abort", "abort_unless_written"]
+__all__ = ["abort", "abort_unless_written", "is_lost"]
 
 
 def abort(websocket: WebSocket) -> None:
@@ -35,9 +35,15 @@ def abort_unless_written(websocket: WebSocket, within: float) -> None:
         asyncio.get_running_loop().call_later(within, transport.abort)
 
 
+def is_lost(websocket: WebSocket) -> bool:
+    """Whether the connection is known to be closed, though the application was not told so yet."""
+    transport = _transport(websocket)
+    return transport is not None and bool(transport.is_closing())
+
+
 def _transport(websocket: WebSocket) -> Any:
     # Not by its class: uvloop's transports are none of asyncio's.
     receive = getattr(websocket, "_receive", None)
     transport = getattr(getattr(receive, "__self__", None), "transport", None)
-    needed = ("abort", "get_write_buffer_size")
+    needed = ("abort", "get_write_buffer_size", "is_closing")
     return transport if all(callable(getattr(transport, name, None)) for name in needed) else None

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 from pgchannels.web.consumer import WebSocketConsumer
 from pgchannels.web.errors import ValidationFailed
 from pgchannels.web.frames import unwrapped
+from pgchannels.web.incoming import Frame
 
 if TYPE_CHECKING:
     from pgchannels.messages import Message
+    from pgchannels.web.inbox import Rest
 
 __all__ = ["BytesConsumer"]
 
@@ -39,9 +41,22 @@ class BytesConsumer(WebSocketConsumer):
 
     async def __anext__(self) -> bytes:
         """What the client sends."""
-        while True:
-            raw = (await self._receive_frame()).raw
-            if isinstance(raw, bytes):
-                return raw
-            detail = "expected a binary frame, not text"
-            await self.tell(ValidationFailed(detail, code="invalid_frame"))
+        raw = (await self._inbox.take(self._begin_bytes)).raw
+        return raw if isinstance(raw, bytes) else raw.encode()
+
+    def _begin_bytes(self, frame: Frame) -> Frame | Rest:
+        begun = self._begin_frame(frame)
+        if isinstance(begun, Frame):
+            return self._refuse_text() if begun.is_text else begun
+        return self._pass_bytes(begun)
+
+    async def _pass_bytes(self, passing: Rest) -> Frame | None:
+        frame = await passing
+        if frame is not None and frame.is_text:
+            await self._refuse_text()
+            return None
+        return frame
+
+    async def _refuse_text(self) -> None:
+        detail = "expected a binary frame, not text"
+        await self.tell(ValidationFailed(detail, code="invalid_frame"))

@@ -33,7 +33,7 @@ from pgchannels.web.errors import (
     describe,
 )
 from pgchannels.web.frames import unwrapped
-from pgchannels.web.incoming import ANSWERED
+from pgchannels.web.incoming import ANSWERED, Frame
 from pgchannels.web.reader import Reader
 from pgchannels.web.wire import CLOSING_TIME
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from pgchannels.messages import Message
     from pgchannels.web.auth import Authentication
     from pgchannels.web.connections import ConnectionManager
-    from pgchannels.web.incoming import Frame
+    from pgchannels.web.inbox import Rest
     from pgchannels.web.middleware import Chain
 
 __all__ = ["Connection"]
@@ -274,17 +274,12 @@ class Connection(Reader):
         """What the client sends, parsed."""
         return await self._receive_content()
 
-    async def frames(self) -> AsyncIterator[Frame]:
+    def frames(self) -> AsyncIterator[Frame]:
         """What the client sends, not parsed: for what is not JSON. None of it is answered here.
 
         A ``ping``, a ``pong`` and an ``auth.refresh`` are the application's, as all else is.
         """
-        while True:
-            try:
-                frame = await self._receive_frame()
-            except StopAsyncIteration:
-                return
-            yield frame
+        return _Frames(self._receive_frame)
 
     def answers_itself(self, kind: str | None) -> bool:
         """Whether a frame of this type goes no further than here. For middleware to ask of one.
@@ -299,22 +294,49 @@ class Connection(Reader):
 
     async def _receive_content(self) -> Any:
         """The next frame's JSON. What is meant for us is answered here."""
-        while True:
-            frame = await self._receive_frame(answers=True)
-            try:
-                content = frame.shared_json()
-            except SocketError as error:
-                await self.tell(error)
-            else:
-                kind = frame.type
-                if not self.answers_itself(kind):
-                    return content
-                if kind == "ping":
-                    # More levels can be read than written.
-                    await self._guarded(self.send_json({**content, "type": "pong"}))
-                elif kind == "auth.refresh":
-                    await self._guarded(self._refresh(content))
-                # Of a pong, that it has come is all there is to it.
+        return (await self._inbox.take(self._begin_content)).shared_json()
+
+    async def _receive_frame(self) -> Frame:
+        """The next frame that is not too large, and that the middleware lets pass."""
+        return await self._inbox.take(self._begin_frame)
+
+    def _begin_frame(self, frame: Frame) -> Frame | Rest:
+        self._answers = False
+        return self._begin_passing(frame)
+
+    def _begin_content(self, frame: Frame) -> Frame | Rest:
+        self._answers = True
+        begun = self._begin_passing(frame)
+        if isinstance(begun, Frame):
+            return begun if self._is_for_the_application(begun) else self._answer(begun)
+        return self._pass_or_answer(begun)
+
+    def _is_for_the_application(self, frame: Frame) -> bool:
+        """Whether it is JSON that is not answered here."""
+        try:
+            frame.shared_json()
+        except SocketError:
+            return False
+        return not self.answers_itself(frame.type)
+
+    async def _pass_or_answer(self, passing: Rest) -> Frame | None:
+        frame = await passing
+        if frame is None or self._is_for_the_application(frame):
+            return frame
+        await self._answer(frame)
+        return None
+
+    async def _answer(self, frame: Frame) -> None:
+        await self._guarded(self._answer_by_type(frame))
+
+    async def _answer_by_type(self, frame: Frame) -> None:
+        content = frame.shared_json()
+        if frame.type == "ping":
+            # More levels can be read than written.
+            await self.send_json({**content, "type": "pong"})
+        elif frame.type == "auth.refresh":
+            await self._refresh(content)
+        # Of a pong, that it has come is all there is to it.
 
     async def _refresh(self, content: Mapping[str, Any]) -> None:
         token = content.get("token")
@@ -327,26 +349,43 @@ class Connection(Reader):
         expires_at = self.identity and self.identity.expires_at
         await self.send_json({"type": "auth.refreshed", "expires_at": expires_at})
 
-    async def _receive_frame(self, *, answers: bool = False) -> Frame:
-        """The next frame that is not too large, and that the middleware lets pass."""
-        while True:
-            frame = await self._next_frame()
-            self._answers = answers
-            limit = self.connections.max_frame_size
-            if frame.size > limit:
-                detail = f"a frame has at most {limit} bytes"
-                await self.tell(FrameTooLarge(detail, context={"limit": limit}))
-                continue
-            middleware = self.connections.middleware
-            if middleware is None:
-                return frame
-            passed = None
-            try:
-                passed = await middleware.inbound(self, frame)
-            except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
-                await self._tell_or_raise(error)
-            if passed is not None:
-                return passed
+    def _begin_passing(self, frame: Frame) -> Frame | Rest:
+        """Let it pass, if it is not too large and the middleware has nothing against it."""
+        connections = self.connections
+        if frame.size > connections.max_frame_size:
+            return self._refuse_large()
+        middleware = connections.middleware
+        if middleware is None:
+            return frame
+        if not middleware.is_immediate:
+            return self._pass_middleware(middleware.inbound(self, frame))
+        passing = middleware.inbound(self, frame)
+        try:
+            passing.send(None)
+        except StopIteration as passed:
+            return self._nothing() if passed.value is None else passed.value
+        except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
+            return self._refuse(error)
+        passing.close()
+        raise RuntimeError(f"{middleware!r} is not immediate")
+
+    async def _pass_middleware(self, passing: Awaitable[Frame | None]) -> Frame | None:
+        try:
+            return await passing
+        except Exception as error:  # noqa: BLE001 - what is not for the client is raised again
+            await self._refuse(error)
+            return None
+
+    async def _refuse(self, error: Exception) -> None:
+        await self._tell_or_raise(error)
+
+    async def _refuse_large(self) -> None:
+        limit = self.connections.max_frame_size
+        detail = f"a frame has at most {limit} bytes"
+        await self.tell(FrameTooLarge(detail, context={"limit": limit}))
+
+    async def _nothing(self) -> None:
+        """It was dropped."""
 
     # What goes to the client
 
@@ -509,8 +548,8 @@ class Connection(Reader):
                 frame = await self._next_frame()
         except TimeoutError:
             raise AuthenticationTimeout from None
-        except StopAsyncIteration:
-            raise WebSocketDisconnect(self._gone or ABNORMAL) from None
+        if frame is None:
+            raise WebSocketDisconnect(self._gone or ABNORMAL)
         if frame.size > self.connections.max_frame_size:
             raise FrameTooLarge(disconnect=True)
         return await authentication.first_message(frame.raw)
@@ -553,3 +592,16 @@ class Connection(Reader):
                 logger.exception("%s could not be removed", self.channel_name)
         if limit.cancelled_caught:
             logger.warning("%s could not be removed in time", self.channel_name)
+
+
+class _Frames:
+    """What :meth:`Connection.frames` gives. No generator: a timeout would be the end of that."""
+
+    def __init__(self, receive: Callable[[], Awaitable[Frame]]) -> None:
+        self._receive = receive
+
+    def __aiter__(self) -> AsyncIterator[Frame]:
+        return self
+
+    async def __anext__(self) -> Frame:
+        return await self._receive()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -188,10 +189,11 @@ class ConnectionManager:
     ) -> AsyncIterator[Connection]:
         """Admit a socket, accept it, and serve it in this block; close it after.
 
-        When the client is gone, or something that serves the socket fails, the block is cancelled,
-        unless it is already at its end, as ``async for content in connection`` then is. What is
-        wrong about the client's request and is raised in the block, is told to the client and
-        closes the socket; any other exception does that with 1011, and is raised again.
+        When something that serves the socket fails, the block is cancelled; when the client is
+        gone, it has three seconds to end by itself, as ``async for content in connection`` does.
+
+        An exception about the client's request that is raised in the block is told to the client
+        and closes the socket; any other exception does that with 1011, and is raised again.
 
         Args:
             websocket: of the endpoint, not accepted yet.
@@ -306,13 +308,9 @@ class ConnectionManager:
         """Those of a user in this process; :meth:`everywhere` has those of all nodes."""
         return [each for each in self if each.user_id == user_id]
 
-    async def everywhere(self, *, user_id: str | None = None) -> AsyncIterator[ConnectionInfo]:
+    def everywhere(self, *, user_id: str | None = None) -> AsyncIterator[ConnectionInfo]:
         """All connections of all nodes, or those of a user, by their ids; read in pages."""
-        after: str | None = None
-        while page := await self.layer.connections(user_id=user_id, after=after):
-            for info in page:
-                yield info
-            after = page[-1].channel
+        return _Everywhere(self.layer, user_id)
 
     async def count(self, *, user_id: str | None = None) -> int:
         """How many there are on all nodes, or of a user."""
@@ -515,6 +513,30 @@ class ConnectionManager:
         self.revocations += 1
         for connection in self:
             connection.reauthorize_soon()
+
+
+class _Everywhere:
+    """What ``everywhere()`` gives. No generator: a timeout would be the end of that."""
+
+    def __init__(self, layer: ChannelLayer, user_id: str | None) -> None:
+        self._layer = layer
+        self._user_id = user_id
+        self._after: str | None = None
+        self._page: deque[ConnectionInfo] = deque()
+
+    def __aiter__(self) -> AsyncIterator[ConnectionInfo]:
+        return self
+
+    async def __anext__(self) -> ConnectionInfo:
+        if not self._page:
+            self._page.extend(
+                await self._layer.connections(user_id=self._user_id, after=self._after)
+            )
+        if not self._page:
+            raise StopAsyncIteration
+        info = self._page.popleft()
+        self._after = info.channel
+        return info
 
 
 def _check(name: str, given: object, *kinds: type | None) -> None:

@@ -151,8 +151,8 @@ class WebSocketConsumer(Connection):
         """Receive from the client, until it is gone. When this returns, the socket is closed.
 
         To override it, iterate over the consumer, and leave to ``dispatch()`` what is as usual.
-        Messages are forwarded beside it. Who does not iterate does not learn that the client is
-        gone before something is sent to it.
+        Messages are forwarded beside it. When the client is gone, iterating ends; a method that
+        waits for something else is cancelled three seconds later.
         """
         async for received in self:
             await self.dispatch(received)

@@ -101,6 +101,7 @@ class Life(Wire):
             await admitting
             async with self._reading(), self._tasks.running():
                 self._watch()
+                self._begin_to_read()
                 self._tasks_run()
                 if begin is not None:
                     await begin()

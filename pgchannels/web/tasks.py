@@ -48,6 +48,11 @@ class SocketTasks:
         return self._first if isinstance(self._first, int) else INTERNAL_ERROR
 
     @property
+    def are_running(self) -> bool:
+        """Whether tasks may be spawned."""
+        return self._group is not None
+
+    @property
     def is_current(self) -> bool:
         """Whether the running code is the block, or one of these tasks."""
         return _current.get() is self

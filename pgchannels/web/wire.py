@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable, MutableMapping
 from enum import Enum
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from pgchannels.web.abort import abort, abort_unless_written
+from pgchannels.web.abort import abort, abort_unless_written, is_lost
 from pgchannels.web.codes import (
     ABNORMAL,
     INTERNAL_ERROR,
@@ -27,6 +27,7 @@ from pgchannels.web.codes import (
 )
 from pgchannels.web.errors import Problem, TokenExpired
 from pgchannels.web.frames import encode_json
+from pgchannels.web.inbox import Inbox
 from pgchannels.web.incoming import Frame, size_of
 from pgchannels.web.liveness import Heartbeat, Liveness, Verdict
 from pgchannels.web.tasks import SocketTasks
@@ -34,12 +35,16 @@ from pgchannels.web.tasks import SocketTasks
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CLOSING_TIME", "ConnectionState", "Wire"]
+__all__ = ["CLOSING_TIME", "ConnectionState", "SocketClosed", "Wire"]
 
 logger = logging.getLogger("pgchannels.web")
 
 # Seconds that saying goodbye may take: to the client, in disconnect(), and to the database, each.
 CLOSING_TIME = 5.0
+# Seconds that the block which serves a socket has to end by itself once the client is gone.
+LEAVING_TIME = 3.0
+# Seconds after which the end of a client is looked for where no code waits for its frames.
+LOOK_EVERY = 5.0
 
 
 class ConnectionState(Enum):
@@ -80,6 +85,9 @@ class Wire:
         self.close_code: int | None = None
         """What it was closed with, by either side; None while it is open."""
         self._tasks = SocketTasks()
+        self._inbox = Inbox(self._next_frame, self._tasks.spawn)
+        self._receive = websocket.receive
+        self._is_read = self._ends = False
         self._loop = asyncio.get_running_loop()
         self._liveness = Liveness(heartbeat, send_timeout, self._loop.time())
         self._liveness.deaf()
@@ -127,6 +135,7 @@ class Wire:
                 # As Starlette has it of sends, but for this one.
                 self._gone = self._gone or ABNORMAL
                 raise WebSocketDisconnect(ABNORMAL) from None
+        self._begin_to_read()
 
     async def close(self, code: int = NORMAL, reason: str | None = None) -> None:
         """Close the socket. Before it was accepted, this refuses it with HTTP 403.
@@ -241,18 +250,46 @@ class Wire:
             )
         )
 
-    async def _next_frame(self) -> Frame:
-        """What the client sends. Ends as an iterator does when it is gone."""
+    def _begin_to_read(self) -> None:
+        """Learn of the end of the client, from the time on that the socket is accepted."""
+        is_accepted = self.websocket.application_state is WebSocketState.CONNECTED
+        if is_accepted and self._tasks.are_running and not self._is_read:
+            self._is_read = True
+            # An application may read past the connection, and must not miss what was read ahead.
+            self.websocket.receive = self._receive_event  # type: ignore[method-assign]
+            self._inbox.read_ahead()
+            self._watch()
+
+    async def _receive_event(self) -> MutableMapping[str, Any]:
+        """What Starlette's own socket gives to those who read it."""
+        try:
+            raw = (await self._inbox.take(_as_it_is)).raw
+        except StopAsyncIteration:
+            self.websocket.client_state = WebSocketState.DISCONNECTED
+            return {"type": "websocket.disconnect", "code": self._gone or ABNORMAL, "reason": ""}
+        return {"type": "websocket.receive", "text" if isinstance(raw, str) else "bytes": raw}
+
+    async def _end_block(self) -> None:
+        """End the block that serves the socket, unless it does so itself: the client is gone."""
+        self._ends = True
+        await asyncio.sleep(LEAVING_TIME)
+        self._tasks.end(self._gone or ABNORMAL)
+
+    async def _next_frame(self) -> Frame | None:
+        """Read what the client sends; None when it is gone."""
         if self._gone is not None:
-            raise StopAsyncIteration
+            return None
         self._liveness.listens(self._loop.time())
         try:
-            received = await self.websocket.receive()
+            received = await self._receive()
         finally:
             self._liveness.deaf()
         if received["type"] == "websocket.disconnect":
-            self._gone = int(received.get("code") or ABNORMAL)
-            raise StopAsyncIteration
+            # Of a close of our own, some servers say 1005.
+            self._gone = self._asked_to_close or int(received.get("code") or ABNORMAL)
+            if self._tasks.are_running:
+                self._tasks.spawn(self._end_block())
+            return None
         text: str | None = received.get("text")
         frame = Frame(received.get("bytes") or b"" if text is None else text)
         self.messages_in += 1
@@ -269,7 +306,11 @@ class Wire:
     def _watch(self) -> None:
         """Look after the client, and again when there may be something to see."""
         self._watch_no_more()
-        verdict, again = self._liveness.check(self._loop.time())
+        now = self._loop.time()
+        verdict, again = self._liveness.check(now)
+        if self._is_read and verdict in (Verdict.FINE, Verdict.PING):
+            again = min(again, now + LOOK_EVERY)
+            self._look_for_end()
         # First: should what follows fail, it is looked at again.
         if again < inf and self._tasks.ended is None:
             self._timer = self._loop.call_at(again, self._watch)
@@ -282,6 +323,14 @@ class Wire:
                 self.close_soon(TRY_AGAIN_LATER, "nothing is taken of what is sent")
             case Verdict.EXPIRED:
                 self._tasks.end(TokenExpired())
+
+    def _look_for_end(self) -> None:
+        """Learn of the end of a client whose frames no code waits for: a handler is busy, say."""
+        if self._inbox.ahead is None:
+            self._inbox.read_ahead()
+        elif is_lost(self.websocket) and not self._ends:
+            # It is behind the frame that waits.
+            self._tasks.spawn(self._end_block())
 
     def _watch_no_more(self) -> None:
         if self._timer is not None:
@@ -316,3 +365,7 @@ class Wire:
                 await self.close(code, self._reason)
         except (RuntimeError, WebSocketDisconnect):
             logger.debug("the socket was gone before it could be closed")
+
+
+def _as_it_is(frame: Frame) -> Frame:
+    return frame

@@ -403,6 +403,286 @@ class TestFunctions:
         assert await connections.count() == 0
 
 
+class TestTaking:
+    """Frames are there for whoever takes the next one, whatever ends the waiting for them."""
+
+    async def test_a_timeout_is_not_the_end(
+        self, memory: MemoryLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of frames(), of iterating, and of connections of all nodes."""
+        connections = ConnectionManager(memory)
+        find = memory.connections
+
+        async def slow(**options: Any) -> Any:
+            await asyncio.sleep(0.05)
+            return await find(**options)
+
+        monkeypatch.setattr(memory, "connections", slow)
+
+        async def endpoint(connection: Connection) -> None:
+            for each in (connection, connection.frames()):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(anext(each), 0.01)
+                await connection.send_json("now")
+                got: Any = await anext(cast("AsyncIterator[Any]", each))
+                await connection.send_json(got.raw if isinstance(got, Frame) else got)
+            found = connections.everywhere()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(found), 0.01)
+            await connection.send_json([info.channel async for info in found] == [connection.id])
+
+        async with serving(connections, endpoint) as address, address() as socket:
+            for _ in range(2):
+                assert await answer(socket) == "now"
+                assert await ask(socket, "x") in ("x", '"x"')
+            assert await answer(socket) is True
+
+    @pytest.mark.parametrize("kind", ["function", "json", "bytes"])
+    async def test_a_timeout_while_middleware_waits(self, memory: MemoryLayer, kind: str) -> None:
+        """Its work goes on, and is not done twice."""
+        seen: list[Frame] = []
+        timeouts = asyncio.Semaphore(0)
+
+        class Slow(Middleware):
+            async def inbound(self, connection: Connection, frame: Frame) -> Frame | None:
+                seen.append(frame)
+                await timeouts.acquire()
+                return frame
+
+        async def poll(connection: Any) -> None:
+            for _ in range(3):
+                got = None
+                while got is None:
+                    try:
+                        got = await asyncio.wait_for(anext(connection), 0.01)
+                    except TimeoutError:
+                        if seen:
+                            timeouts.release()
+                await connection.send_text(got.decode() if isinstance(got, bytes) else str(got))
+
+        class Json(JsonConsumer):
+            serve = poll
+
+        class Binary(BytesConsumer):
+            serve = poll
+
+        connections = ConnectionManager(memory, middleware=Slow())
+        app = FastAPI()
+
+        @app.websocket("/function")
+        async def endpoint(websocket: WebSocket) -> None:
+            async with connections.connect(websocket) as connection:
+                await poll(connection)
+
+        app.add_api_websocket_route("/json", Json.as_endpoint(connections))
+        app.add_api_websocket_route("/bytes", Binary.as_endpoint(connections))
+        async with serve(app) as served, connect(f"ws://{served}/{kind}") as socket:
+            for n in range(3):
+                await socket.send(str(n).encode() if kind == "bytes" else str(n))
+            assert [await answer(socket) for _ in range(3)] == [0, 1, 2]
+        assert len(seen) == 3
+
+    async def test_a_timeout_while_an_answer_is_sent(self, memory: MemoryLayer) -> None:
+        """To a ping, say: the client gets it."""
+        frames, timeouts = asyncio.Event(), 0
+
+        async def endpoint(connection: Connection) -> None:
+            nonlocal timeouts
+            send = connection.websocket.send
+
+            async def slow(message: Any) -> None:
+                frames.set()
+                await asyncio.sleep(0.05)
+                await send(message)
+
+            connection.websocket.send = slow  # type: ignore[method-assign]
+            while True:
+                try:
+                    await asyncio.wait_for(anext(connection), 0.01)
+                except TimeoutError:
+                    timeouts += frames.is_set()
+                except StopAsyncIteration:
+                    return
+
+        connections = ConnectionManager(memory, max_frame_size=50)
+        async with serving(connections, endpoint) as address, address() as socket:
+            assert await ask(socket, {"type": "ping", "n": 1}) == {"type": "pong", "n": 1}
+            assert (await ask(socket, "x" * 50))["code"] == "frame_too_large"
+            assert (await ask_text(socket, "{"))["code"] == "invalid_json"
+        assert timeouts
+
+    async def test_by_two_tasks(self, memory: MemoryLayer) -> None:
+        """Each frame is given to one of them; both learn of the end."""
+        got: list[int] = []
+        ended = 0
+
+        async def endpoint(connection: Connection) -> None:
+            async def take() -> None:
+                nonlocal ended
+                async for number in connection:
+                    got.append(number)
+                    await connection.send_json(number)
+                ended += 1
+
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(take())
+                tasks.create_task(take())
+
+        connections = ConnectionManager(memory)
+        async with serving(connections, endpoint) as address:
+            async with address() as socket:
+                for n in range(10):
+                    await socket.send(str(n))
+                assert sorted([await answer(socket) for _ in range(10)]) == list(range(10))
+            await gone(connections)
+        assert sorted(got) == list(range(10))
+        assert ended == 2
+
+    async def test_past_the_connection(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]]
+    ) -> None:
+        """By Starlette's own socket, which then misses nothing of what was read ahead."""
+
+        async def endpoint(connection: Connection) -> None:
+            await connection.send_json("now")
+            await eventually(lambda: connection._inbox.ahead)
+            while True:
+                await connection.send_text(await connection.websocket.receive_text())
+
+        connections = ConnectionManager(memory)
+        async with serving(connections, endpoint) as address:
+            async with address() as socket:
+                assert await answer(socket) == "now"
+                for n in range(3):
+                    assert await ask(socket, n) == n
+            await gone(connections)
+        assert connections.statistics().closed == {1000: 1}
+        assert errors() == []
+
+    async def test_one_frame_is_read_ahead_and_no_more(self, memory: MemoryLayer) -> None:
+        """Else a client could fill the memory of a server whose handlers are busy."""
+        go_on = asyncio.Event()
+
+        async def endpoint(connection: Connection) -> None:
+            await connection.send_json("now")
+            await go_on.wait()
+            async for content in connection:
+                await connection.send_json(content)
+
+        connections = ConnectionManager(memory)
+        async with serving(connections, endpoint) as address, address() as socket:
+            assert await answer(socket) == "now"
+            for n in range(10):
+                await socket.send(str(n))
+            (connection,) = connections
+            await eventually(lambda: connection._inbox.ahead)
+            assert connection.messages_in == 1
+            go_on.set()
+            assert [await answer(socket) for _ in range(10)] == list(range(10))
+
+
+class TestTheClientHasLeft:
+    """Its place is free soon, whatever the code that serves it waits for."""
+
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pgchannels.web.wire.LEAVING_TIME", 0.05)
+        monkeypatch.setattr("pgchannels.web.wire.LOOK_EVERY", 0.05)
+
+    async def push_only(self, connection: Connection) -> None:
+        await asyncio.Event().wait()
+
+    async def read_beside(self, connection: Connection) -> None:
+        async def read() -> None:
+            async for _ in connection:
+                pass
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(read())
+            tasks.create_task(asyncio.Event().wait())
+
+    async def busy_handler(self, connection: Connection) -> None:
+        async for _ in connection:
+            await asyncio.Event().wait()
+
+    @pytest.mark.parametrize("how", ["closes", "breaks"])
+    @pytest.mark.parametrize("what", ["push_only", "read_beside", "busy_handler"])
+    async def test_a_function(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]], what: str, how: str
+    ) -> None:
+        connections = ConnectionManager(memory, limits=Limits(per_user=1))
+        async with serving(connections, getattr(self, what)) as address:
+            for _ in range(2):
+                async with address("user=ada") as socket:
+                    await socket.send("1")
+                    if how == "breaks":
+                        socket.transport.abort()
+                await gone(connections)
+        assert errors() == []
+
+    @pytest.mark.parametrize("what", ["connect", "receive_json", "serve", "spawned"])
+    async def test_a_consumer(
+        self, memory: MemoryLayer, errors: Callable[[], list[str]], what: str
+    ) -> None:
+        codes: list[int] = []
+
+        class Waiting(JsonConsumer):
+            async def connect(self) -> None:
+                await self.accept()
+                await self.wait_in("connect")
+
+            async def receive_json(self, content: Any) -> None:
+                await self.wait_in("receive_json")
+
+            async def serve(self) -> None:
+                if what == "spawned":
+                    self.spawn(super().serve())
+                    await asyncio.Event().wait()
+                await self.wait_in("serve")
+                await super().serve()
+
+            async def disconnect(self, code: int) -> None:
+                codes.append(code)
+
+            async def wait_in(self, where: str) -> None:
+                if where == what:
+                    await asyncio.Event().wait()
+
+        connections = ConnectionManager(memory)
+        app = FastAPI()
+        app.add_api_websocket_route("/ws", Waiting.as_endpoint(connections))
+        async with serve(app) as served:
+            async with Address(served)() as socket:
+                await socket.send("1")
+                (found,) = await eventually(lambda: list(connections))
+                await eventually(lambda: found.messages_in)
+                await socket.close(4001)
+            await gone(connections)
+        # Where its frame waits, it is known only that the connection is lost.
+        assert codes == [1006 if what in ("connect", "serve") else 4001]
+        assert errors() == []
+
+    async def test_a_handler_may_come_to_its_end(
+        self, memory: MemoryLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was sent before the client left is handled."""
+        monkeypatch.setattr("pgchannels.web.wire.LEAVING_TIME", 30.0)
+        handled: list[int] = []
+
+        async def endpoint(connection: Connection) -> None:
+            async for content in connection:
+                await asyncio.sleep(0.05)
+                handled.append(content)
+
+        connections = ConnectionManager(memory)
+        async with serving(connections, endpoint) as address:
+            async with address() as socket:
+                for n in range(3):
+                    await socket.send(str(n))
+            await gone(connections)
+        assert handled == [0, 1, 2]
+
+
 class TestMistakesOfTheClient:
     async def test_not_json(self, memory: MemoryLayer) -> None:
         async with serving(ConnectionManager(memory)) as address, address() as socket:
@@ -467,7 +747,7 @@ class TestHostileClients:
             await connection.send_json({"refused": refused, "groups": len(connection.groups)})
 
         connections = ConnectionManager(memory)  # the limit is there by default
-        async with serving(connections, endpoint) as address, address() as socket:
+        async with serving(connections, endpoint) as address, address(open_timeout=60) as socket:
             async with asyncio.timeout(60):
                 told = json.loads(await socket.recv())
             assert told == {"refused": 99_000, "groups": 1000}

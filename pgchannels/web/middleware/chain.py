@@ -66,6 +66,11 @@ class Middleware:
         Called once, also for a socket that was refused.
         """
 
+    @property
+    def is_immediate(self) -> bool:
+        """Whether :meth:`inbound` is known to wait for nothing, which costs less."""
+        return not overrides(self.inbound, Middleware.inbound)
+
     def __rshift__(self, other: Middleware) -> Chain:
         given: object = other
         return Chain(self, other) if isinstance(given, Middleware) else NotImplemented
@@ -88,23 +93,28 @@ class Chain(Middleware):
         )
         # Nobody waits for methods that do nothing, which outbound are most.
         self._inbound = tuple(
-            link.inbound for link in self._links if _overrides(link.inbound, Middleware.inbound)
+            link.inbound for link in self._links if overrides(link.inbound, Middleware.inbound)
         )
+        self._is_immediate = all(link.is_immediate for link in self._links)
         self._outbound = tuple(
             link.outbound
             for link in reversed(self._links)
-            if _overrides(link.outbound, Middleware.outbound)
+            if overrides(link.outbound, Middleware.outbound)
         )
         self._delivering = tuple(
             link.delivering
             for link in self._links
-            if _overrides(link.delivering, Middleware.delivering)
+            if overrides(link.delivering, Middleware.delivering)
         )
 
     @property
     def links(self) -> tuple[Middleware, ...]:
         """What it is made of, from left to right; no chains among them."""
         return self._links
+
+    @property
+    def is_immediate(self) -> bool:
+        return self._is_immediate
 
     @property
     def sees_outbound(self) -> bool:
@@ -212,5 +222,5 @@ def types_of(types: Collection[str]) -> frozenset[str]:
     return frozenset(types)
 
 
-def _overrides(method: object, original: object) -> bool:
+def overrides(method: object, original: object) -> bool:
     return getattr(method, "__func__", None) is not original

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pgchannels.errors import ConfigurationError
 from pgchannels.messages import Message
 from pgchannels.web.incoming import Frame
-from pgchannels.web.middleware.chain import Middleware, types_of
+from pgchannels.web.middleware.chain import Middleware, overrides, types_of
 
 if TYPE_CHECKING:
     from pgchannels.web.connection import Connection
@@ -65,6 +65,10 @@ class Logging(Middleware):
         self.exclude = types_of(exclude)
         self._logger = logger or logging.getLogger("pgchannels.messages")
         self._random = random
+
+    @property
+    def is_immediate(self) -> bool:
+        return not overrides(self.inbound, Logging.inbound)
 
     async def inbound(self, connection: Connection, frame: Frame) -> Frame | None:
         if self._is_drawn():

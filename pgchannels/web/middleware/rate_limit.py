@@ -12,7 +12,7 @@ from pgchannels.errors import ConfigurationError, DatabaseUnavailable
 from pgchannels.rates import Admission, Limiter, Rate
 from pgchannels.web.errors import Problem, RateLimitExceeded, SocketError, describe
 from pgchannels.web.incoming import ANSWERED, Frame
-from pgchannels.web.middleware.chain import Middleware, types_of
+from pgchannels.web.middleware.chain import Middleware, overrides, types_of
 
 if TYPE_CHECKING:
     from pgchannels.web.connection import Connection
@@ -107,6 +107,10 @@ class RateLimit(Middleware):
     @property
     def rates(self) -> tuple[Rate, ...]:
         return self._limiter.rates
+
+    @property
+    def is_immediate(self) -> bool:
+        return not (self.shared or overrides(self.inbound, RateLimit.inbound))
 
     async def inbound(self, connection: Connection, frame: Frame) -> Frame | None:
         if self._is_excluded(connection, frame):

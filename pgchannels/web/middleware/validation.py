@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pgchannels.errors import ConfigurationError
 from pgchannels.web.errors import FrameTooLarge, UnexpectedMessage, ValidationFailed
 from pgchannels.web.incoming import Frame
-from pgchannels.web.middleware.chain import Middleware
+from pgchannels.web.middleware.chain import Middleware, overrides
 from pgchannels.web.validation import problems
 
 if TYPE_CHECKING:
@@ -83,6 +83,10 @@ class Validation(Middleware):
                 raise ConfigurationError(f"the model of {kind!r} is none: {model!r}")
         self._clock = clock
         self._parses = (max_depth, ttl) != (None, None) or bool(self.models) or unknown == "refuse"
+
+    @property
+    def is_immediate(self) -> bool:
+        return not overrides(self.inbound, Validation.inbound)
 
     async def inbound(self, connection: Connection, frame: Frame) -> Frame | None:
         if self.max_bytes is not None and frame.size > self.max_bytes:
