@@ -321,8 +321,8 @@ class ChannelLayer(ABC):
             after: a message's position; ``"0"`` for all that is retained; None for from now on.
             since: instead, a time with time zone: everything that came into the log then or later,
                 by the database's clock. Nothing is missed that was published at that time or after
-                it; what was published before it and committed later comes too. A time that is still
-                to come means from now on.
+                it; what was published before it and committed later comes too, and so may what was
+                published in the same second. A time that is still to come means from now on.
             filter: only messages whose payloads match, of all channels that are read, ephemeral
                 ones too; see :class:`~pgchannels.filters.Filter`. The others are left out here, and
                 take no place in the stream's buffer.

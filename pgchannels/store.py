@@ -181,7 +181,7 @@ class Queries:
                     )
                 )
         head, _, partitioned_to, _, _, may_claim = rows[0][:6]
-        self._partitioned_to = max(known, partitioned_to)
+        self._partitioned_to = partitioned_to
         return Claims(channels, may_claim, head >= known)
 
     async def seal(self) -> tuple[int, int]:
@@ -231,7 +231,8 @@ class Queries:
             known = self._partitioned_to
             rows = await self.fetch(query, *arguments, limit, size, *seen)
             head, epoch, floor, partitioned_to, mark = rows[0][:5]
-            self._partitioned_to = max(known, partitioned_to)
+            # Lower than before: the log has been rewritten, or an older answer came later.
+            self._partitioned_to = partitioned_to
             if head < known:
                 break
         messages = [
