@@ -147,8 +147,10 @@ class ChannelLayer(ABC):
     ) -> Receipt:
         """Publish a message; return when it is committed.
 
-        It is ordered after everything that was committed before the call. To publish in a
-        transaction of your own, see :mod:`pgchannels.orm`.
+        It is ordered after everything that was committed before the call. It can be read some
+        milliseconds later, when it has its place in the log: :meth:`history` right after this may
+        not have it yet, while streams and :meth:`receive` wait for it. To publish in a transaction
+        of your own, see :mod:`pgchannels.orm`.
 
         Args:
             channel: see :func:`pgchannels.channels.check_channel`.
@@ -188,8 +190,9 @@ class ChannelLayer(ABC):
 
         Args:
             group: a channel's name.
-            exclude: the channel of a member that does not get it: the sender, say. Who reads the
-                group without being a member, and its history, still do.
+            exclude: the channel of a member that does not get it: the sender, say. Readers that are
+                not members, and the history, still do; and so does the same client on a later
+                connection, which has another channel, when it resumes from before the message.
         """
         channel, extra = group_address(group, exclude)
         return await self._publish(

@@ -1,7 +1,8 @@
 """A channel layer in one process: for tests, for trying out, for an application of one process.
 
 It keeps the whole contract of :class:`~pgchannels.layer.ChannelLayer`, and nothing beyond the end
-of the process. Layers that are given one :class:`MemoryLog` are as nodes on one database.
+of the process. Layers that are given one :class:`MemoryLog` are as nodes on one database. It is
+quicker than the contract: what has been sent can be read at once.
 """
 
 from __future__ import annotations

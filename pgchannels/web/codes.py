@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ABNORMAL",
     "FORBIDDEN",
+    "GONE",
     "INTERNAL_ERROR",
     "NORMAL",
     "OURS",
@@ -30,6 +31,8 @@ TRY_AGAIN_LATER = 1013
 UNAUTHORIZED = 3000
 FORBIDDEN = 3003
 TIMEOUT = 3008
+# As they are, of HTTP's 410. Not registered: the client's position is not of this log.
+GONE = 3010
 
 OURS = frozenset(
     {
@@ -41,6 +44,7 @@ OURS = frozenset(
         UNAUTHORIZED,
         FORBIDDEN,
         TIMEOUT,
+        GONE,
     }
 )
 """Those that are a consumer's own to close with, without its subclass having asked for it."""

@@ -75,8 +75,9 @@ class WebSocketConsumer(Connection):
     last position of each channel can resume anywhere with it.
 
     What was wrong about a client's message is answered by ``{"type": "error", "code", "detail"}``,
-    and the socket stays open; if ``connect()`` failed by it, the socket is closed with 1008, or
-    with 1013 where the database is away. An exception that nobody expected closes it with 1011.
+    and the socket stays open; if ``connect()`` failed by it, the socket is closed with 1008,
+    with 3010 because of a position that is not known, or with 1013 where the database is away. An
+    exception that nobody expected closes it with 1011.
     """
 
     _events: ClassVar[EventHandlers] = EventHandlers({})

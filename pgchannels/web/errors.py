@@ -47,6 +47,7 @@ from pgchannels.errors import (
 )
 from pgchannels.web.codes import (
     FORBIDDEN,
+    GONE,
     INTERNAL_ERROR,
     POLICY_VIOLATION,
     SENDABLE,
@@ -390,7 +391,7 @@ class Draining(SocketError):
 _KNOWN: tuple[tuple[type[Exception], Problem], ...] = (
     (
         UnknownPosition,
-        Problem("unknown_position", "", Category.VALIDATION, http_status=410),
+        Problem("unknown_position", "", Category.VALIDATION, http_status=410, ws_code=GONE),
     ),
     (InvalidPosition, Problem("invalid_position", "", Category.VALIDATION, http_status=422)),
     (InvalidFilter, Problem("invalid_filter", "", Category.VALIDATION, http_status=422)),

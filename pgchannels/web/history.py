@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import AwareDatetime, BaseModel, Field
 
 from pgchannels.channels import check_channel
-from pgchannels.errors import ConfigurationError, InvalidFilter, InvalidPosition
+from pgchannels.errors import ConfigurationError, InvalidFilter, InvalidPosition, UnknownPosition
 from pgchannels.layer import MAX_HISTORY
 from pgchannels.messages import Position, parse_start
 from pgchannels.web.error_handlers import answering
@@ -102,7 +102,10 @@ def channels_router(
         ] = "asc",
         limit: Annotated[int, Query(ge=1, le=MAX_HISTORY)] = 50,
     ) -> Response:
-        """Read the messages that a channel retains."""
+        """Read the messages that a channel retains.
+
+        A message that has just been sent is among them some milliseconds later.
+        """
         if not allowed:
             raise HTTPException(403, "you may not read this channel")
         _check("path", "channel", check_channel, channel)
@@ -124,6 +127,8 @@ def channels_router(
                 )
             except InvalidFilter as error:
                 raise _unprocessable("query", "filter", error) from error
+            except UnknownPosition:
+                raise  # it is well-formed: the client is to begin from the state as it is now
             except InvalidPosition as error:
                 name = "after" if str(error.position) == after else "before"
                 raise _unprocessable("query", name, error) from error

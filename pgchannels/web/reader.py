@@ -231,7 +231,8 @@ class Reader(Life):
         Args:
             channel: where to.
             payload: see ``layer.send()``, as the *options*.
-            except_self: whether this connection, as a member of the group, does not get it.
+            except_self: whether this connection, as a member of the group, does not get it. The
+                client gets it on a later connection, when it resumes from before it.
 
         Raises:
             AuthorizationError: it may not. And as ``layer.send()``.

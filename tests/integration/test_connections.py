@@ -172,17 +172,18 @@ class TestFunctions:
                 assert [each["data"]["n"] for each in got if "data" in each] == [1, 2]
 
     @pytest.mark.parametrize(
-        ("after", "code"), [("1-99999", "unknown_position"), ("zz", "invalid_position")]
+        ("after", "code", "close"),
+        [("1-99999", "unknown_position", 3010), ("zz", "invalid_position", 1008)],
     )
     async def test_a_position_that_is_no_good(
-        self, layer: ChannelLayer, after: str, code: str
+        self, layer: ChannelLayer, after: str, code: str, close: int
     ) -> None:
         async with (
             serving(ConnectionManager(layer)) as address,
             address(f"group=room&after={after}") as socket,
         ):
             assert (await answer(socket))["code"] == code
-            assert await closed(socket) == 1008
+            assert await closed(socket) == close
 
     async def test_what_the_program_sends_wrongly_is_in_the_log(
         self, memory: MemoryLayer, caplog: pytest.LogCaptureFixture
@@ -968,7 +969,7 @@ class TestWhatTheBlockRaises:
             await connection.join("room", after=connection.resume_position)
 
         connections = ConnectionManager(memory)
-        assert await self.ended_by(connections, serve_one) == 1008
+        assert await self.ended_by(connections, serve_one) == 3010
         assert connections.statistics().errors == {"unknown_position": 1}
         assert errors() == []
 

@@ -49,6 +49,7 @@ async function run() {
 }
 
 class Unreachable extends Error {}
+class Outdated extends Error {} // what it asks for is of another log: see startOver()
 
 function connect() {
   const url = new URL("/live", location.href.replace(/^http/, "ws"));
@@ -229,6 +230,7 @@ $("earlier").onclick = async () => {
     await loadHistory(room, room.earlier);
     if (room === shown) $("scroll").scrollTop = $("scroll").scrollHeight - fromEnd;
   } catch (error) {
+    if (error instanceof Outdated && socket) return startOver(socket);
     if (!(error instanceof Unreachable)) throw error;
     notice("The server does not answer. Try again in a moment.");
   } finally {
@@ -462,6 +464,7 @@ async function get(url) {
   } catch (error) {
     throw new Unreachable(url, { cause: error });
   }
+  if (response.status === 410) throw new Outdated(url);
   if (response.status >= 500) throw new Unreachable(url);
   throw new Error(`${url}: ${response.status}`);
 }

@@ -98,6 +98,7 @@ function received(from, room, message) {
     case "auth.refreshed":
       return event(`The socket goes on until ${time(message.expires_at)}.`);
     case "error":
+      if (message.code === "unknown_position") positions.delete(room); // from the beginning, next time
       return event(`The server says: ${message.detail} (${message.code}).`, "bad");
   }
 }
