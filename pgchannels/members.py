@@ -58,6 +58,9 @@ _AT_A_TIME = 2000
 _CLOSING_TIME = 2.0
 # Seconds that an ephemeral message stays where nodes can read it.
 _EPHEMERAL_TIME = timedelta(seconds=10)
+# Each round of work looks at what has become due within this time; one in so many, at all.
+_RECENT = timedelta(minutes=5)
+_ROUNDS = 100
 # The lease is renewed so many times before it runs out, or every heartbeat.
 _RENEWALS = 5
 
@@ -147,6 +150,7 @@ class Members:
         self._is_alive = True
         self._to_restore = False
         self._is_registered = False
+        self._rounds = 0
 
     def __getitem__(self, channel: str) -> Member:
         """The member that ``new_channel()`` has made.
@@ -324,10 +328,17 @@ class Members:
             await asyncio.gather(*(self._changes.submit(_Remove(name)) for name in names))
             self._to_remove.difference_update(names)
         grace = timedelta(seconds=self._settings.presence_grace)
-        (row,) = await self._store.fetch("settle_departures", grace, _AT_A_TIME)
+        # Seldom at all: behind a held snapshot, what was removed before is walked over each time.
+        within = _RECENT if self._rounds % _ROUNDS else None
+        rounds, self._rounds = (
+            self._rounds,
+            0,
+        )  # at all again if this fails: it may be long ago then
+        (row,) = await self._store.fetch("settle_departures", grace, _AT_A_TIME, within)
         if row[0]:
             self._wake_sequencer()
-        await self._store.fetch("sweep_ephemeral", _EPHEMERAL_TIME)
+        await self._store.fetch("sweep_ephemeral", _EPHEMERAL_TIME, within)
+        self._rounds = rounds + 1
         if not await self._reap():
             await set_within(self._wakeup, min(self._settings.poll_interval, self._renewal))
             self._wakeup.clear()

@@ -1,7 +1,7 @@
 -- Who is where is known by the nodes that are running; 0001 has no place for it.
 
 drop function pgchannels.reap(uuid, interval, integer);
-drop function pgchannels.settle_departures(interval, integer);
+drop function pgchannels.settle_departures(interval, integer, interval);
 drop function pgchannels.remove_channels(text[], interval, uuid);
 drop function pgchannels.change_memberships(text[], text[], boolean[], text[], interval, uuid);
 drop function pgchannels.publish_left(json);

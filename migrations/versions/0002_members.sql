@@ -387,26 +387,30 @@ begin
 end
 $$;
 
--- End the presence of those whose time of grace is over. Returns how many messages were published.
-create function pgchannels.settle_departures(grace interval, max_members integer) returns integer
+-- End the presence of those whose time of grace is over: of all, or if "within" is given, of those
+-- where it has ended within that time. That leads past the entries of rows that were deleted before,
+-- and are still in the index while a snapshot is held. Returns how many messages were published.
+create function pgchannels.settle_departures(grace interval, max_members integer, within interval default null)
+returns integer
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     counted text[];
     due_before timestamptz := clock_timestamp() - grace;
+    due_after timestamptz := coalesce(due_before - within, '-infinity');
     departed json;
 begin
     select array_agg(distinct d.group_name) into counted
       from (select m.group_name from pgchannels.memberships m
-             where m.left_at < due_before order by m.left_at limit max_members) d;
+             where m.left_at < due_before and m.left_at >= due_after order by m.left_at limit max_members) d;
     if counted is null then
         return 0;
     end if;
     perform pgchannels.lock_presence(counted);
     with gone as (
         delete from pgchannels.memberships m
-         where m.left_at < due_before and m.group_name = any (counted)
+         where m.left_at < due_before and m.left_at >= due_after and m.group_name = any (counted)
         returning m.group_name, m.channel, m.identity, m.presence, m.user_id, m.metadata::text
     )
     select json_agg(g) into departed from gone g;

@@ -146,8 +146,14 @@ select e.id, e.channel, e.payload, e.created_at,
  where e.id between $1::bigint and $2::bigint order by e.id limit $3;
 
 -- name: sweep_ephemeral
+-- What is older than $1; if $2 is given, not what has been so for longer than that. The lower bound
+-- leads past the entries of rows that were deleted before, and are still in the index while a
+-- snapshot is held. With clock_timestamp(), which is volatile, no index would be used.
 with deleted as (
-    delete from pgchannels.ephemeral e where e.created_at < clock_timestamp() - $1::interval returning 1
+    delete from pgchannels.ephemeral e
+     where e.created_at < statement_timestamp() - $1::interval
+       and e.created_at >= coalesce(statement_timestamp() - $1::interval - $2::interval, '-infinity')
+    returning 1
 )
 select count(*) from deleted;
 
@@ -569,7 +575,7 @@ delete from pgchannels.nodes where id = $1;
 select r.more, r.published from pgchannels.reap($1, $2::interval, $3) r;
 
 -- name: settle_departures
-select pgchannels.settle_departures($1::interval, $2);
+select pgchannels.settle_departures($1::interval, $2, $3::interval);
 
 -- name: add_channels
 insert into pgchannels.channels as c (name, node, user_id, metadata, cursor, is_received)
@@ -673,14 +679,14 @@ select exists (
        and r.expires_at > clock_timestamp()) as is_revoked;
 
 -- name: count_expired_revocations
-select count(*) from pgchannels.revocations r where r.expires_at <= clock_timestamp();
+select count(*) from pgchannels.revocations r where r.expires_at <= statement_timestamp();
 
 -- name: delete_expired_revocations
 -- Not one that is being renewed now.
 with deleted as (
     delete from pgchannels.revocations r
      using (select e.kind, e.value from pgchannels.revocations e
-             where e.expires_at <= clock_timestamp()
+             where e.expires_at <= statement_timestamp()
              order by e.kind, e.value limit $1 for update skip locked) e
      where r.kind = e.kind and r.value = e.value
     returning 1
@@ -692,11 +698,11 @@ select t.allowed, t.remaining, t.retry_after
   from pgchannels.take($1::text[], $2::bigint[], $3::bigint[], $4::double precision[], $5::double precision[]) t;
 
 -- name: delete_due_rates
--- Not one that somebody takes from now.
+-- Not one that a transaction takes from now. The statement's time: a volatile one would use no index.
 with deleted as (
     delete from pgchannels.rates t
      using (select d.key, d.version from pgchannels.rates d
-             where d.due_at <= clock_timestamp() order by d.due_at limit $1 for update skip locked) d
+             where d.due_at <= statement_timestamp() order by d.due_at limit $1 for update skip locked) d
      where t.key = d.key and t.version = d.version
     returning 1
 )

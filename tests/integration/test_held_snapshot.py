@@ -22,7 +22,8 @@ from tests.support.eventually import eventually
 Connection = psycopg.Connection[dict[str, Any]]
 
 TAKE = "pgchannels.take('{k}', '{1}', '{1000000}', '{null}', '{3600}')"
-COUNT = load_queries("pgchannels")["count_connections"]
+QUERIES = load_queries("pgchannels")
+COUNT = QUERIES["count_connections"]
 
 
 @pytest.fixture
@@ -107,6 +108,56 @@ def test_connecting_does_not_slow_down(connection: Connection, node: UUID) -> No
     assert all(late <= early + 15 for early, late in zip(before, after, strict=True)), after
     assert connection.execute("select connections from pgchannels.places").fetchall() == [
         {"connections": 0}
+    ]
+
+
+@pytest.mark.usefixtures("held_snapshot")
+def test_what_a_node_does_each_second_does_not_slow_down(connection: Connection) -> None:
+    """What was removed long ago is not looked at: only what has become due within a minute."""
+    sweep = QUERIES["sweep_ephemeral"].replace("$1", "'10 s'").replace("$2", "'1 min'")
+    settle = "select pgchannels.settle_departures('0', 100, '1 min')"
+    for query in (sweep, settle):
+        connection.execute(query.encode())
+    connection.execute(
+        "insert into pgchannels.ephemeral (channel, payload, created_at)"
+        " select 'room', '{}', now() - interval '1 h' from generate_series(1, 5000)"
+    )
+    connection.execute(
+        "insert into pgchannels.memberships (group_name, channel, since, presence, left_at)"
+        " select 'room', 'c' || n, 0, 'connection', now() - interval '1 h'"
+        " from generate_series(1, 5000) n"
+    )
+    before = [pages(connection, query) for query in (sweep, settle)]
+    assert connection.execute("select count(*) from pgchannels.ephemeral").fetchall() == [
+        {"count": 5000}
+    ]
+    connection.execute("delete from pgchannels.ephemeral")
+    connection.execute("delete from pgchannels.memberships")
+    after = [pages(connection, query) for query in (sweep, settle)]
+    assert all(late <= early + 3 for early, late in zip(before, after, strict=True)), (
+        before,
+        after,
+    )
+    assert max(after) < 20
+
+
+@pytest.mark.parametrize("within", [None, "2 h"])
+def test_what_has_become_due_is_removed(connection: Connection, within: str | None) -> None:
+    bound = "null" if within is None else f"'{within}'"
+    sweep = QUERIES["sweep_ephemeral"].replace("$1", "'10 s'").replace("$2", bound)
+    connection.execute(
+        "insert into pgchannels.ephemeral (channel, payload, created_at)"
+        " values ('room', '{}', now() - interval '1 h'), ('room', '{}', now())"
+    )
+    connection.execute(
+        "insert into pgchannels.memberships (group_name, channel, since, presence, left_at)"
+        " values ('room', 'a', 0, 'connection', now() - interval '1 h'),"
+        " ('room', 'b', 0, 'connection', now())"
+    )
+    assert connection.execute(sweep.encode()).fetchall() == [{"count": 1}]
+    connection.execute(f"select pgchannels.settle_departures('10 s', 100, {bound})".encode())
+    assert connection.execute("select channel from pgchannels.memberships").fetchall() == [
+        {"channel": "b"}
     ]
 
 
