@@ -541,7 +541,7 @@ begin
     if newest > seen then
         return newest;
     end if;
-    -- Clients are told of it.
+    -- Clients see it in positions: it must outlive a crash.
     if current_setting('synchronous_commit') = 'off' then
         perform set_config('synchronous_commit', 'local', true);
     end if;
