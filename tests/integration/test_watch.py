@@ -651,7 +651,7 @@ class TestTypes:
     def test_too_large(self, connection: Connection) -> None:
         connection.execute("create table t (id int primary key, v text)")
         watch(connection, "t", "t")
-        with pytest.raises(CheckViolation, match="outbox_payload_is_valid"):
+        with pytest.raises(CheckViolation, match="outbox_max_message_size"):
             connection.execute("insert into t values (1, repeat('x', 17000000))")
         watch(connection, "t", "t", columns=["id"])
         connection.execute("insert into t values (1, repeat('x', 17000000))")

@@ -137,19 +137,18 @@ async def connected(url: str) -> AsyncIterator[Connection[Record]]:
 
 async def seal_and_read(connection: Connection[Record]) -> tuple[list[Row], list[Row]]:
     """Run a batch: its messages, and what the table is in the same snapshot."""
-    lock = """1885823848, hashtext('"pgchannels".')"""
-    await connection.execute(f"select pg_advisory_lock({lock})")
-    try:
-        async with connection.transaction(isolation="repeatable_read"):
-            sealed = await connection.fetchrow("select sealed, head from pgchannels.seal()")
-            assert sealed is not None
-            messages = await connection.fetch(
-                "select payload from pgchannels.messages where id > $1 order by id",
-                sealed["head"] - sealed["sealed"],
-            )
-            rows = await connection.fetch("select to_json(i.*) from items i")
-    finally:
-        await connection.execute(f"select pg_advisory_unlock({lock})")
+    async with connection.transaction(isolation="repeatable_read"):
+        # First of all: it takes no snapshot, which must show what the previous holder committed.
+        await connection.execute(
+            "lock table pgchannels.sequencer_lock in share update exclusive mode"
+        )
+        sealed = await connection.fetchrow("select sealed, head from pgchannels.seal()")
+        assert sealed is not None
+        messages = await connection.fetch(
+            "select payload from pgchannels.messages where id > $1 order by id",
+            sealed["head"] - sealed["sealed"],
+        )
+        rows = await connection.fetch("select to_json(i.*) from items i")
     return [json.loads(row[0]) for row in messages], [json.loads(row[0]) for row in rows]
 
 

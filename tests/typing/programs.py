@@ -195,6 +195,8 @@ class Base(DeclarativeBase): ...
 
 @publishes("orders:{customer_id}")
 @publishes("paid", on="update", changed="status", when=lambda c: c.object.status == "paid")
+@publishes(user="{customer_id}", on="insert")
+@publishes("audit", user=lambda c: [str(c.object.customer_id), "auditor"], on="delete")
 class Order(Base):
     __tablename__ = "orders"
 
@@ -205,7 +207,10 @@ class Order(Base):
 
 async def order(session: AsyncSession) -> None:
     publish(session, "orders", {"n": 1}, ttl=60)
-    publish(session, "orders", Say(text="hello"))
+    publish(session, "orders", Say(text="hello"), exclude="channel", key="k")
+    publish(session, {"n": 1}, user="42", key="k", ttl=60)
+    publish(session, Say(text="hello"), everyone=True, exclude="channel")
+    publish(session, payload={"n": 1}, to=["channel"])
     assert_type(Order(id=1).status, str)
 
 
