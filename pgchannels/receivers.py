@@ -6,7 +6,8 @@ connection, and no message is taken that nobody has asked for. What a receiver t
 can no longer take goes to the next one here, or back.
 
 A claim or a handing back that fails with the connection may have been done all the same. Each has a
-number, and is repeated with that number until it is answered; the database does it once.
+number, and is repeated with that number until it is answered; the database does it once. A claim
+is repeated for half as many channels, so that a channel whose claims fail does not stop the others.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from uuid import uuid4
 
 from pgchannels.backoff import Backoff
@@ -32,7 +33,7 @@ from pgchannels.waiting import set_within
 
 if TYPE_CHECKING:
     from pgchannels.settings import Settings
-    from pgchannels.store import Claim, Session
+    from pgchannels.store import Claim, Claims, Session
     from pgchannels.stream import Source
 
 __all__ = ["Receivers"]
@@ -44,6 +45,12 @@ T = TypeVar("T")
 # Channels that one statement claims for, and messages that it takes for each.
 _CHANNELS_AT_A_TIME = 500
 _MESSAGES_AT_A_TIME = 100
+# Where many messages of a channel are for others, a claim looks at more and more of them.
+_FEWEST_LOOKED_AT = 16
+_MOST_LOOKED_AT = 1000
+_MOST_LOOKED_AT_TOGETHER = 10_000
+# Claims by one row of the database, before another one takes its place.
+_CLAIMS_BY_ROW = 200
 # Seconds that close() leaves for handing back.
 _CLOSING_TIME = 5.0
 # Seconds for which a channel is remembered that nobody receives from any more.
@@ -74,6 +81,10 @@ class _Inbox:
         self.waiters: OrderedDict[_Waiter, None] = OrderedDict()
         self.watched: set[str] = set()
         self.idle_since = 0.0
+        # A claim for this channel alone has failed: it is claimed for alone, until that works.
+        self.alone = False
+        self.delay = Backoff(base=1.0, cap=30.0)
+        self._looking = 0
         self._ask = ask
 
     def offer(self, message: Message) -> None:
@@ -87,6 +98,18 @@ class _Inbox:
         if self.waiters:
             self._ask(self)
 
+    def wanted(self) -> tuple[int, int]:
+        """How many messages to take, and at how many to look for that."""
+        count = min(len(self.waiters), _MESSAGES_AT_A_TIME)
+        return count, max(count, self._looking)
+
+    def looked(self, *, in_vain: bool) -> None:
+        """Look at more messages the next time, or at fewer."""
+        if in_vain:
+            self._looking = min(max(4 * self._looking, _FEWEST_LOOKED_AT), _MOST_LOOKED_AT)
+        else:
+            self._looking //= 2
+
     def next_waiter(self) -> _Waiter | None:
         """Take the one that has waited longest."""
         self.idle_since = asyncio.get_running_loop().time()
@@ -95,6 +118,17 @@ class _Inbox:
             if not waiter.future.done():
                 return waiter
         return None
+
+
+class _Asked(NamedTuple):
+    """What one claim asks for, by channel."""
+
+    wanted: dict[str, tuple[int, int]]
+    waiters: dict[str, list[_Waiter]]
+
+
+def _timed_out(error: DatabaseUnavailable) -> bool:
+    return isinstance(error.__cause__, TimeoutError) or error.sqlstate == "57014"
 
 
 class Receivers:
@@ -116,6 +150,7 @@ class Receivers:
         self._wake_sequencer = wake
         self._id = uuid4()
         self._token = 0
+        self._claims = 0
         self._inboxes: dict[str, _Inbox] = {}
         self._due: dict[str, None] = {}
         self._returning: list[tuple[str, Message]] = []
@@ -241,55 +276,115 @@ class Receivers:
                 return True
         return False
 
-    async def _claim(self) -> None:
-        wanted: dict[str, int] = {}
-        asked: dict[str, list[_Waiter]] = {}
+    def _next_asked(self) -> _Asked:
+        """Take the channels whose turn it is, as many as one claim is for now."""
+        asked = _Asked({}, {})
         for name in list(islice(self._due, self._at_a_time)):
-            del self._due[name]
             inbox = self._inboxes.get(name)
+            alone = inbox is not None and inbox.alone
+            if alone and asked.wanted:
+                break
+            del self._due[name]
             if inbox is not None and inbox.waiters:
-                wanted[name] = min(len(inbox.waiters), _MESSAGES_AT_A_TIME)
-                asked[name] = list(inbox.waiters)
-        if not wanted:
+                asked.wanted[name] = inbox.wanted()
+                asked.waiters[name] = list(inbox.waiters)
+                if alone:
+                    break
+        share = _MOST_LOOKED_AT_TOGETHER // max(1, len(asked.wanted))
+        for name, (count, looking) in asked.wanted.items():
+            asked.wanted[name] = count, max(count, min(looking, share))
+        return asked
+
+    async def _claim(self) -> None:
+        asked = self._next_asked()
+        if not asked.wanted:
             return
         self._token += 1
-        token = self._token
+        backoff = Backoff()
+        answered = True
+        answer: Claims | None = None
+        while answer is None:
+            try:
+                answer = await self._session.claim(
+                    asked.wanted, claimant=self._id, token=self._token
+                )
+                break
+            except DatabaseUnavailable as error:
+                delay = backoff.next()
+                logger.log(error.level, "cannot claim, retry in %.1f s: %s", delay, error)
+                answered = False
+                self._put_off(asked, len(asked.wanted) // 2, timed_out=_timed_out(error))
+            except DatabaseError as error:
+                # Refused, which nobody expects. Each by itself, so that one that cannot be claimed
+                # for is in nobody else's way; and behind all others.
+                logger.error("a claim for %d channels was refused: %s", len(asked.wanted), error)
+                delay = self._refused.next()
+                self._put_off(asked, 1, timed_out=False)
+            await asyncio.sleep(delay)
+            if answered:
+                return
+            # The one that had no answer may have been done. The number tells, whoever it is for
+            # now, and if it is for nobody.
+            asked = self._next_asked()
         try:
-            answer = await self._insist(
-                lambda: self._session.claim(wanted, claimant=self._id, token=token)
-            )
-            # All messages first, before anything that may fail: they are taken, and nothing that
-            # happens with one channel may cost another's.
-            for name, claim in answer.channels.items():
-                for message in claim.messages:
-                    self._pass_on(self._inbox(name), message)
-            if not answer.may_claim:
-                await self._insist(lambda: self._session.fetch("add_claimant", self._id))
-            # That of a connection which is gone is not made again: it would begin anew.
-            unknown = [
-                name
-                for name, claim in answer.channels.items()
-                if not claim.is_known and not is_connection(name)
-            ]
-            if unknown:
-                await self._insist(lambda: self._session.fetch("add_receiver", unknown))
+            await self._take_in(answer)
         except DatabaseError as error:
-            # Refused, which nobody expects. Each by itself, so that one that cannot be claimed for
-            # is in nobody else's way; and behind all others.
-            logger.error("a claim for %d channels was refused: %s", len(wanted), error)
-            self._at_a_time = 1
-            self._due.update(dict.fromkeys(wanted))
+            logger.error("a claim for %d channels was refused: %s", len(asked.wanted), error)
+            self._put_off(asked, 1, timed_out=False)
             await asyncio.sleep(self._refused.next())
             return
         self._refused.reset()
         self._at_a_time = min(2 * self._at_a_time, _CHANNELS_AT_A_TIME)
+        self._ask_again(asked, answer)
+
+    def _put_off(self, asked: _Asked, at_a_time: int, *, timed_out: bool) -> None:
+        """Claim for these behind all others, and for so many channels at a time."""
+        self._at_a_time = max(1, at_a_time)
+        if timed_out and len(asked.wanted) == 1:
+            # Each attempt holds up all others for that long.
+            (name,) = asked.wanted
+            inbox = self._inbox(name)
+            inbox.alone = True
+            asyncio.get_running_loop().call_later(inbox.delay.next(), inbox.look)
+        else:
+            self._due.update(dict.fromkeys(asked.wanted))
+
+    async def _take_in(self, answer: Claims) -> None:
+        # All messages first, before anything that may fail: they are taken, and nothing that
+        # happens with one channel may cost another's.
         for name, claim in answer.channels.items():
-            incomplete = answer.incomplete or not answer.may_claim or name in unknown
-            if len(claim.messages) == wanted[name] or self._has_news(name, claim) or incomplete:
-                if self._inbox(name).waiters:
-                    self._ask_for(self._inbox(name))
+            for message in claim.messages:
+                self._pass_on(self._inbox(name), message)
+        self._claims += any(claim.messages for claim in answer.channels.values())
+        if not answer.may_claim:
+            await self._insist(lambda: self._session.fetch("add_claimant", self._id))
+        # That of a connection which is gone is not made again: it would begin anew.
+        unknown = [
+            name
+            for name, claim in answer.channels.items()
+            if not claim.is_known and not is_connection(name)
+        ]
+        if unknown:
+            await self._insist(lambda: self._session.fetch("add_receiver", unknown))
+        if self._claims >= _CLAIMS_BY_ROW:
+            new = uuid4()
+            await self._insist(lambda: self._session.fetch("replace_claimant", self._id, new))
+            self._id, self._claims = new, 0
+
+    def _ask_again(self, asked: _Asked, answer: Claims) -> None:
+        """For the channels that may have more, and tell the others' receivers that do not wait."""
+        # Channels that got nothing come first: one claim brings so many bytes and no more.
+        for name in sorted(asked.wanted, key=lambda name: bool(answer.channels[name].messages)):
+            claim, inbox = answer.channels[name], self._inbox(name)
+            in_vain = claim.may_have_more and len(claim.messages) < asked.wanted[name][0]
+            inbox.looked(in_vain=in_vain and claim.passed_by > 0)
+            inbox.alone = False
+            incomplete = answer.incomplete or not answer.may_claim or not claim.is_known
+            if self._has_news(name, claim) or claim.may_have_more or incomplete:
+                if inbox.waiters:
+                    self._ask_for(inbox)
                 continue
-            for waiter in asked[name]:
+            for waiter in asked.waiters[name]:
                 if waiter.impatient:
                     waiter.time_out()
 

@@ -59,12 +59,16 @@ class Partition(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What a claim gave a channel."""
+    """The messages that a claim has taken for a channel, and the state of the channel."""
 
     is_known: bool
     """False: the channel has no row yet, so nothing can be claimed."""
     groups: list[str]
     """Those that it is a member of."""
+    may_have_more: bool
+    """The claim has not looked at all of the channel's messages: ask again."""
+    passed_by: int
+    """How many messages it has looked at that are for others."""
     messages: list[Message]
 
 
@@ -155,32 +159,45 @@ class Queries:
             ephemeral=True,
         )
 
-    async def claim(self, wanted: dict[str, int], *, claimant: UUID, token: int) -> Claims:
+    async def claim(
+        self, wanted: dict[str, tuple[int, int]], *, claimant: UUID, token: int
+    ) -> Claims:
         """Take up to so many messages for each channel.
 
         Args:
-            wanted: how many, by channel; one at least.
+            wanted: by channel how many to take, one at least, and at how many to look for that.
+                Nothing: only to learn what an earlier one with this number has taken.
             claimant: who asks.
-            token: the number of this claim; one that was made before gives the same again.
+            token: the number of this claim; one that was made before gives the same again, for
+                the channels that were named then.
         """
         known = self._partitioned_to
-        names, counts = list(wanted), list(wanted.values())
-        rows = await self.fetch("claim", names, counts, claimant, token, known)
+        counts = [count for count, _ in wanted.values()]
+        looking = [count for _, count in wanted.values()]
+        rows = await self.fetch(
+            "claim",
+            *(list(wanted), counts, looking, claimant, token, known),
+            self._settings.page_bytes,
+        )
+        if not rows:  # it asked for nothing, and had not been made before
+            return Claims({}, may_claim=True, incomplete=False)
+        messages: dict[int, Message] = {}
+        for row in rows:
+            epoch, id = row["epoch"], row["id"]
+            if id is not None:
+                channel, payload, created_at, size, headers, attachments = row[11:]
+                messages[id] = Message(
+                    *(id, channel, payload, created_at, size, epoch, headers, attachments),
+                    serializer=self._serializer,
+                )
         channels: dict[str, Claim] = {}
         for row in rows:
-            name, id, epoch = row["name"], row["id"], row["epoch"]
-            claim = channels.get(name)
-            if claim is None:
-                claim = channels[name] = Claim(row["is_known"], row["groups"], [])
-            if id is not None:
-                channel, payload, created_at, size, headers, attachments = row[8:]
-                claim.messages.append(
-                    Message(
-                        *(id, channel, payload, created_at, size, epoch, headers, attachments),
-                        serializer=self._serializer,
-                    )
-                )
-        head, _, partitioned_to, _, _, may_claim = rows[0][:6]
+            name, is_known, groups, may_have_more, passed_by, ids = row[4:10]
+            if name is not None:
+                # Each receiver's own. One that is gone since was claimed before, and pruned.
+                own = [messages[id].own() for id in ids if id in messages]
+                channels[name] = Claim(is_known, groups, may_have_more, passed_by, own)
+        head, _, partitioned_to, may_claim = rows[0][:4]
         self._partitioned_to = partitioned_to
         return Claims(channels, may_claim, head >= known)
 

@@ -6,7 +6,11 @@ drop function pgchannels.remove_channels(text[], interval, uuid);
 drop function pgchannels.change_memberships(text[], text[], boolean[], text[], interval, uuid);
 drop function pgchannels.publish_left(json);
 drop function pgchannels.lock_presence(text[]);
-drop function pgchannels.is_for(json, text, boolean);
+drop function pgchannels.hand_back(text[], bigint[], uuid, bigint);
+drop function pgchannels.claim(text[], integer[], integer[], uuid, bigint, bigint, bigint);
+drop function pgchannels.judge(pgchannels.claiming[], bigint, bigint, bigint);
+drop type pgchannels.claiming;
+drop function pgchannels.recipients(json);
 alter table pgchannels.outbox
     drop constraint outbox_headers_are_valid, drop constraint outbox_attachments_are_valid;
 drop table pgchannels.ephemeral;
@@ -14,6 +18,7 @@ drop function pgchannels.is_attachments(bytea[]);
 drop function pgchannels.is_headers(json);
 drop table pgchannels.followers;
 drop table pgchannels.claims;
+drop table pgchannels.cursors;
 drop table pgchannels.keys;
 delete from pgchannels.memberships;
 drop index pgchannels.memberships_identity;
@@ -26,8 +31,7 @@ alter table pgchannels.memberships
 delete from pgchannels.channels;
 drop index pgchannels.channels_node;
 alter table pgchannels.channels
-    drop column metadata, drop column returned, drop column is_received,
-    drop column created_at,
+    drop column metadata, drop column is_received, drop column created_at,
     add column expires_at timestamptz;
 delete from pgchannels.nodes;
 alter table pgchannels.nodes drop column steady_since, drop column dead_since;

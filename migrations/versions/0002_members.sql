@@ -12,7 +12,6 @@ alter table pgchannels.nodes
 alter table pgchannels.channels
     drop column expires_at,
     add column metadata json,
-    add column returned bigint[] not null default '{}',
     add column is_received boolean not null default true,
     add column created_at timestamptz not null default clock_timestamp();
 
@@ -20,9 +19,7 @@ create index channels_node on pgchannels.channels (node) where node is not null;
 
 comment on table pgchannels.channels is 'channels that are received from, and those of connections';
 
-comment on column pgchannels.channels.cursor is 'what receivers have taken, or passed by: ids up to here';
-
-comment on column pgchannels.channels.returned is 'ids that were taken and handed back by a receiver that was cancelled';
+comment on column pgchannels.channels.cursor is 'where its receivers begin, as long as it has no row in cursors';
 
 comment on column pgchannels.channels.is_received is 'whether somebody has received from it; a connection''s channel may only be read';
 
@@ -95,8 +92,30 @@ create table pgchannels.keys (
 
 create index keys_expires_at on pgchannels.keys (expires_at);
 
--- What a receiving process's last claim took, so that one whose answer was lost on the way can be
--- asked again. Locked by each claim: a repeated one waits for the first to end.
+-- How far a channel has been received from; a channel without a row not at all. Each claim that takes
+-- something changes the row, with the row of the channel in "channels" locked.
+--
+-- It is updated in place 200 times ("changes"). The next update moves "version", and with it the row's
+-- place in the index, behind all that it was before. A snapshot that is held for hours keeps all those
+-- versions of the row; a look at the newest, by the index from its end, passes by 200 of them at most.
+create table pgchannels.cursors (
+    name text not null,
+    version integer not null default 0,
+    cursor bigint not null,
+    returned bigint[] not null default '{}',
+    changes smallint not null default 0,
+    constraint cursors_pkey primary key (name, version)
+) with (fillfactor = 50);
+
+comment on table pgchannels.cursors is 'how far each channel has been received from; one row a channel';
+
+comment on column pgchannels.cursors.cursor is 'ids up to here have been taken by receivers, or passed by';
+
+comment on column pgchannels.cursors.returned is 'ids that were taken and handed back by a receiver that was cancelled';
+
+-- The last claim of a receiving process: if the answer is lost with the connection, the process repeats
+-- the claim. Locked by each claim: a repeated one waits for the first to end. A process uses a row for
+-- some hundred claims, and then another one, for the same reason as above.
 create table pgchannels.claims (
     claimant uuid not null,
     token bigint not null default 0,
@@ -138,23 +157,307 @@ create unlogged table pgchannels.ephemeral (
 
 create index ephemeral_created_at on pgchannels.ephemeral (created_at);
 
--- Whether a message with these headers is for the receiver: not one that excludes it, and of those
--- that are sent to several, one that names it.
-create function pgchannels.is_for(headers json, receiver text, named boolean) returns boolean
-language plpgsql immutable parallel safe
+-- Who is named in the headers of a message: the channel that does not get it, and the channels that it
+-- was sent to, null for all of the channel's readers. A list that cannot be parsed names nobody:
+-- publishers can put any text there.
+create function pgchannels.recipients(headers json, out excluded text, out named text[])
+language plpgsql immutable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    recipients text := headers ->> 'pgchannels-only';
+    list text := headers ->> 'pgchannels-only';
 begin
-    if headers ->> 'pgchannels-except' = receiver then
-        return false;
+    excluded := headers ->> 'pgchannels-except';
+    if list is not null then
+        named := array(select distinct e.name from json_array_elements_text(list::json) e(name));
     end if;
-    if recipients is null then
-        return not named;
+exception
+    when data_exception or statement_too_complex then
+        named := '{}';
+end
+$$;
+
+-- A channel in a claim.
+create type pgchannels.claiming as (
+    name text,
+    wanted integer,
+    looking integer,
+    cursor bigint,
+    version integer,
+    returned bigint[],
+    -- the messages that come next
+    ids bigint[],
+    sizes integer[],
+    kinds integer[],
+    -- of these and those that were returned: what was taken, how many were passed by, and the last id
+    -- that was looked at
+    taken bigint[],
+    passed_by integer,
+    through bigint
+);
+
+-- Of the messages that come next for some channels, decide for claim() which are taken. It is called where
+-- not all of them are simply for those who read the channel. Up to "looking" messages of each channel are
+-- given, of a kind each: 0 is for all who read the channel, 1 has headers, 2 was sent to some channels
+-- directly, 3 has expired. What was handed back comes before them.
+--
+-- It looks at messages of "max_bytes" together, each counted once, and at one more; first at the first
+-- one of each channel. Headers are parsed once a message, however many receivers there are.
+create function pgchannels.judge(
+    channels pgchannels.claiming[], upto bigint, floor bigint, max_bytes bigint) returns pgchannels.claiming[]
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+-- The planner cannot know how long the arrays are.
+set enable_nestloop = off
+as $$
+#variable_conflict use_column
+begin
+    return (
+        with mine as materialized (
+            select m.*, m.ordinality as place from unnest(judge.channels) with ordinality m
+        ), next as materialized (
+            select x.*, row_number() over in_order as nth,
+                   count(*) filter (where x.kind = 0) over in_order - (x.kind = 0)::integer as plain_before
+              from (select m.place, m.wanted, u.id, u.size, u.kind
+                      from mine m cross join lateral unnest(m.ids, m.sizes, m.kinds) u(id, size, kind)
+                    union all
+                    select m.place, m.wanted, r.id, r.size, case when r.expires_at <= clock_timestamp() then 3 else 0 end
+                      from mine m cross join lateral unnest(m.returned) u(id)
+                     cross join lateral (select r.id, r.size, r.expires_at from pgchannels.messages r
+                                          where r.id = u.id limit 1) r
+                     where r.id <= least(judge.upto, m.cursor) and r.id > judge.floor) x
+            window in_order as (partition by x.place order by x.id)
+        ), priced as (
+            select n.*, sum(n.price) over (order by n.turn) - n.price as before
+              from (select x.*, row_number() over (order by x.nth, x.place) as turn,
+                           case when row_number() over (partition by x.id order by x.nth, x.place) = 1
+                                then x.size::bigint else 0 end as price
+                      from next x
+                     where x.plain_before < x.wanted) n
+        ), looked as materialized (
+            select l.place, l.wanted, l.id, l.kind
+              from (select p.*, bool_and(p.is_paid) over (partition by p.place order by p.nth) as is_looked_at
+                      from (select q.*, min(q.before) over (partition by q.id) < judge.max_bytes as is_paid from priced q) p) l
+             where l.is_looked_at
+        ), judged as materialized (
+            select r.id, j.excluded, j.named
+              from (select distinct l.id from looked l where l.kind in (1, 2)) l
+             cross join lateral (select r.id, r.headers from pgchannels.messages r where r.id = l.id limit 1) r
+             cross join lateral pgchannels.recipients(r.headers) j
+        ), taken as materialized (
+            select t.place, t.id
+              from (select l.place, l.wanted, l.id, row_number() over (partition by l.place order by l.id) as nth
+                      from looked l
+                      join mine m on m.place = l.place
+                      left join judged j on j.id = l.id
+                      left join (select d.id, n.name from judged d cross join lateral unnest(d.named) n(name)) n
+                             on n.id = l.id and n.name = m.name
+                     where l.kind = 0
+                        or l.kind < 3 and j.excluded is distinct from m.name
+                           and case when j.named is null then l.kind = 1 else n.name is not null end) t
+             where t.nth <= t.wanted
+        )
+        select array_agg((m.name, m.wanted, m.looking, m.cursor, m.version, m.returned, m.ids, m.sizes, m.kinds,
+                          coalesce(t.ids, '{}'), coalesce(l.count, 0) - coalesce(t.count, 0),
+                          case when t.count = m.wanted then t.last
+                               when coalesce(l.count, 0) < g.count then coalesce(l.last, 0)
+                               when cardinality(m.ids) >= m.looking then l.last
+                               else judge.upto end)::pgchannels.claiming order by m.place)
+          from mine m
+          left join (select x.place, count(*) as count from next x group by x.place) g on g.place = m.place
+          left join (select x.place, count(*) as count, max(x.id) as last from looked x group by x.place) l on l.place = m.place
+          left join (select x.place, count(*) as count, max(x.id) as last, array_agg(x.id order by x.id) as ids
+                       from taken x group by x.place) t on t.place = m.place);
+end
+$$;
+
+-- Take messages for receivers that wait: up to "wanted" for each channel of "names", its own and those of
+-- its groups since it joined. Call it as a statement of its own, in READ COMMITTED: it locks the channels,
+-- in the order of names, and each statement after that must see what the previous holder of a lock
+-- committed. So of all processes one at a time takes from a channel, and a claim that had to wait goes on
+-- from where the other one stopped.
+--
+-- "claimant" and "token" are who claims, and the number of the claim. If that one was made before, and
+-- only the answer was lost with the connection, this one waits for it to end, takes nothing itself, and
+-- returns the same messages again, for whichever channels they were.
+--
+-- The work is bounded, whatever publishers write: for each channel a claim looks at the next "looking"
+-- messages, for all channels together at "max_bytes", and moves the cursors to the last messages that it
+-- has looked at; see judge().
+--
+-- "known_to": ids from there on do not count, for this session may not know of their partitions yet; see
+-- store.py.
+--
+-- Returns a row for each channel, with the ids of what was taken, "may_have_more" if not all of the log
+-- was looked at, and how many messages were passed by; and a row without a name for each message.
+create function pgchannels.claim(
+    names text[], wanted integer[], looking integer[], claimant uuid, token bigint, known_to bigint, max_bytes bigint)
+returns table (
+    head bigint, epoch integer, partitioned_to bigint, may_claim boolean,
+    name text, is_known boolean, groups text[], may_have_more boolean, passed_by integer, ids bigint[],
+    id bigint, channel text, payload json, created_at timestamptz, size integer, headers json, attachments bytea[])
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    last pgchannels.claims;
+    has_row boolean;
+    bounds pgchannels.bounds;
+    upto bigint;
+    locked text[] := '{}';
+    mine record;
+    channels pgchannels.claiming[] := '{}';
+    given_names text[] := '{}';
+    given_ids bigint[] := '{}';
+begin
+    select k.* into last from pgchannels.claims k where k.claimant = claim.claimant for update;
+    has_row := found;
+    if last.token < claim.token then
+        locked := array(select c.name from pgchannels.channels c
+                         where c.name = any (claim.names) order by c.name for no key update);
+    elsif last.token = claim.token then
+        given_names := last.names;
+        given_ids := last.ids;
     end if;
-    -- Not parsed: whoever can publish can put anything there. In a list of names, a name has quotes.
-    return strpos(recipients, '"' || receiver || '"') > 0;
+    select b.* into bounds from pgchannels.bounds b;
+    upto := least(bounds.head, known_to - 1);
+
+    if locked <> '{}' then
+        select array_agg((a.name, a.wanted, a.looking, coalesce(k.cursor, c.cursor), k.version,
+                          coalesce(k.returned, '{}'), t.ids, t.sizes, t.kinds, t.ids, 0,
+                          case when t.count = a.wanted then t.last else upto end)::pgchannels.claiming) as channels,
+               bool_or(k.name is null) as any_new,
+               bool_or(not c.is_received or c.last_active_at < clock_timestamp() - interval '10 seconds') as any_idle,
+               bool_or(t.count > 0 or k.returned <> '{}' or upto > coalesce(k.cursor, c.cursor) + 1000) as any_moved,
+               -- nothing has to be judged
+               bool_and((t.count = 0 or t.is_plain and a.looking = a.wanted) and coalesce(k.returned = '{}', true))
+               and sum(t.size) <= max_bytes as is_simple
+          into mine
+          from unnest(claim.names, claim.wanted, claim.looking) a(name, wanted, looking)
+         cross join lateral (select c.* from pgchannels.channels c where c.name = a.name limit 1) c
+          left join lateral (select k.* from pgchannels.cursors k
+                              where k.name = a.name order by k.name desc, k.version desc limit 1) k on true
+         cross join lateral (
+             select coalesce(array_agg(u.id), '{}') as ids, array_agg(u.size) as sizes, array_agg(u.kind) as kinds,
+                    count(*) as count, max(u.id) as last, coalesce(bool_and(u.kind = 0), true) as is_plain,
+                    coalesce(sum(u.size), 0) as size
+               from (select r.id, r.size,
+                            case when r.expires_at <= clock_timestamp() then 3
+                                 when s.channel = 'pgchannels:direct' then 2
+                                 when r.headers is not null then 1 else 0 end as kind
+                       from (select a.name as channel, coalesce(k.cursor, c.cursor) as after
+                             union all
+                             select g.group_name, greatest(g.since, k.cursor, c.cursor)
+                               from pgchannels.memberships g
+                              where g.channel = a.name and g.left_at is null and g.group_name <> a.name
+                             union all
+                             select 'pgchannels:direct', coalesce(k.cursor, c.cursor)
+                              where a.name ~ '[.][0-9a-f]{32}[.][0-9a-f]{16}$') s
+                      cross join lateral (
+                          select r.id, r.size, r.expires_at, r.headers from pgchannels.messages r
+                           where r.channel between s.channel and s.channel
+                             and r.id > greatest(s.after, bounds.floor) and r.id <= upto
+                           order by r.channel, r.id limit a.looking) r
+                      order by r.id limit a.looking) u) t
+         where cardinality(locked) = cardinality(claim.names) or a.name = any (locked);
+        channels := mine.channels;
+        if not mine.is_simple then
+            channels := pgchannels.judge(channels, upto, bounds.floor, max_bytes);
+        end if;
+        if mine.any_new then
+            insert into pgchannels.cursors (name, cursor)
+            select m.name, m.cursor from unnest(channels) m where m.version is null;
+        end if;
+        if mine.any_moved then
+            update pgchannels.cursors k
+               set cursor = greatest(m.cursor, m.through),
+                   -- of those that were neither taken nor come after what was looked at, the messages are gone
+                   returned = array(select r.id from unnest(m.returned) r(id) where r.id <> all (m.taken) and r.id > m.through),
+                   version = k.version + (k.changes = 200)::integer,
+                   changes = case when k.changes = 200 then 0 else k.changes + 1 end
+              from unnest(channels) m
+             where k.name = m.name and k.version = coalesce(m.version, 0)
+               -- If all was looked at and nothing taken, only now and then: the next claims have less to pass by.
+               and (m.taken <> '{}' or m.through > m.cursor and (m.through < upto or m.through > m.cursor + 1000)
+                    or m.returned <> '{}' and m.through > 0);
+        end if;
+        if mine.any_idle then
+            -- Memberships end of which nobody receives often enough.
+            update pgchannels.channels c set is_received = true, last_active_at = clock_timestamp()
+              from unnest(locked) m(name)
+             where c.name = m.name
+               and (not c.is_received or c.last_active_at < clock_timestamp() - interval '10 seconds');
+        end if;
+        if mine.any_moved then
+            select coalesce(array_agg(m.name), '{}'), coalesce(array_agg(u.id), '{}') into given_names, given_ids
+              from unnest(channels) m cross join lateral unnest(m.taken) u(id);
+            if given_ids <> '{}' then
+                update pgchannels.claims k
+                   set token = claim.token, names = given_names, ids = given_ids, made_at = clock_timestamp()
+                 where k.claimant = claim.claimant;
+            end if;
+        end if;
+    end if;
+
+    return query
+    select bounds.head, bounds.epoch, bounds.partitioned_to, has_row, a.name,
+           exists (select from pgchannels.channels c where c.name = a.name),
+           array(select g.group_name from pgchannels.memberships g where g.channel = a.name and g.left_at is null),
+           a.through < upto, a.passed_by, a.taken,
+           null::bigint, null::text, null::json, null::timestamptz, null::integer, null::json, null::bytea[]
+      from (select m.name, m.through, m.passed_by, m.taken from unnest(channels) m
+            union all
+            -- those that were not locked, and those of an answer that was lost
+            select u.name, 0, 0, array(select g.id from unnest(given_names, given_ids) g(name, id)
+                                        where g.name = u.name order by g.id)
+              from (select u.name from unnest(claim.names) u(name) union select u.name from unnest(given_names) u(name)) u
+             where (channels = '{}' or cardinality(channels) < cardinality(claim.names))
+               and u.name not in (select m.name from unnest(channels) m)) a;
+    if given_ids <> '{}' then
+        return query
+        select bounds.head, bounds.epoch, bounds.partitioned_to, has_row,
+               null::text, null::boolean, null::text[], null::boolean, null::integer, null::bigint[], r.*
+          from (select distinct u.id from unnest(given_ids) u(id)) i
+         cross join lateral (
+             select r.id, r.channel, r.payload, r.created_at, r.size, r.headers, r.attachments
+               from pgchannels.messages r where r.id = i.id limit 1) r;
+    end if;
+end
+$$;
+
+-- Give back what was taken for a receiver that has gone: the next one gets it, in whichever process it
+-- waits. Numbered like the claims, so that it is not done twice if only the answer was lost.
+create function pgchannels.hand_back(names text[], ids bigint[], claimant uuid, token bigint) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    locked text[];
+begin
+    update pgchannels.claims k set token = hand_back.token, names = '{}', ids = '{}', made_at = clock_timestamp()
+     where k.claimant = hand_back.claimant and k.token < hand_back.token;
+    if not found then
+        return;
+    end if;
+    locked := array(select c.name from pgchannels.channels c
+                     where c.name = any (hand_back.names) order by c.name for no key update);
+    with updated as (
+        update pgchannels.cursors k
+           set returned = k.returned || b.ids,
+               version = k.version + (k.changes = 200)::integer,
+               changes = case when k.changes = 200 then 0 else k.changes + 1 end
+          from (select u.name, array_agg(u.id) as ids
+                  from unnest(hand_back.names, hand_back.ids) u(name, id)
+                 where u.name = any (locked) group by u.name) b
+         cross join lateral (select n.version from pgchannels.cursors n
+                              where n.name = b.name order by n.name desc, n.version desc limit 1) n
+         where k.name = b.name and k.version = n.version
+        returning k.name
+    )
+    insert into pgchannels.outbox (channel, payload)
+    select 'pgchannels:members', json_build_object('channels', json_agg(u.name)) from updated u having count(*) > 0;
 end
 $$;
 

@@ -348,6 +348,7 @@ begin
     loop
         perform pgchannels.add_places(r.id, -r.count::integer);
     end loop;
+    delete from pgchannels.cursors k where k.name = any (names);
     select array_agg(m.group_name), array_agg(m.channel) into groups, members
       from pgchannels.memberships m where m.channel = any (names) and m.left_at is null;
     if groups is null then

@@ -79,14 +79,17 @@ with given as materialized (
      where $10::integer is not null and o.channel in (select g.channel from given g) group by o.channel
 ), room as (
     select c.name,
-           $10::integer - cardinality(c.returned)
+           $10::integer - coalesce(cardinality(k.returned), 0)
            - (select count(*) from (
                   select from pgchannels.messages r
-                   where r.channel between c.name and c.name and r.id > greatest(c.cursor, l.floor)
+                   where r.channel between c.name and c.name and r.id > greatest(k.cursor, c.cursor, l.floor)
                      and (r.expires_at is null or r.expires_at > clock_timestamp())
                    order by r.channel, r.id limit $10) waiting)
            - coalesce(o.count, 0) as free
-      from pgchannels.log l cross join pgchannels.channels c left join coming o on o.channel = c.name
+      from pgchannels.log l cross join pgchannels.channels c
+      left join lateral (select k.cursor, k.returned from pgchannels.cursors k
+                          where k.name = c.name order by k.name desc, k.version desc limit 1) k on true
+      left join coming o on o.channel = c.name
      where $10::integer is not null and c.is_received and c.name in (select g.channel from given g)
 ), numbered as (
     select g.*, g.key is null or row_number() over (partition by g.channel, g.key order by g.place) = 1 as is_first,
@@ -346,6 +349,7 @@ select l.count, case when l.count > 0 then pgchannels.change_memberships(
 -- name: count_stale_receivers
 select count(*) from pgchannels.channels c cross join pgchannels.log l
  where c.node is null and c.cursor <= l.floor and c.last_active_at < clock_timestamp() - $1::interval
+   and not exists (select from pgchannels.cursors k where k.name = c.name and k.cursor > l.floor)
    and not exists (select from pgchannels.memberships m where m.channel = c.name);
 
 -- name: delete_stale_receivers
@@ -356,10 +360,13 @@ with deleted as (
      using (select s.name from pgchannels.channels s cross join pgchannels.log l
              where s.node is null and s.cursor <= l.floor
                and s.last_active_at < clock_timestamp() - $1::interval
+               and not exists (select from pgchannels.cursors k where k.name = s.name and k.cursor > l.floor)
                and not exists (select from pgchannels.memberships m where m.channel = s.name)
              order by s.name limit $2 for update of s skip locked) s
      where c.name = s.name
-    returning 1
+    returning c.name
+), forgotten as (
+    delete from pgchannels.cursors k using deleted d where k.name = d.name
 )
 select count(*) from deleted;
 
@@ -426,132 +433,32 @@ select pgchannels.requeue_stragglers();
 -- A process that claims has a row, which each of its claims locks.
 insert into pgchannels.claims (claimant) values ($1) on conflict (claimant) do nothing;
 
+-- name: replace_claimant
+-- From now on it claims as $2, with a row that was not updated yet; see the table "cursors".
+with replaced as (
+    delete from pgchannels.claims k where k.claimant = $1
+)
+insert into pgchannels.claims (claimant) values ($2) on conflict (claimant) do nothing;
+
 -- name: add_receiver
 -- A channel that somebody receives from has a row.
 insert into pgchannels.channels (name)
 select n.name from unnest($1::text[]) n(name) order by n.name on conflict (name) do nothing;
 
 -- name: claim
--- Take messages for receivers that wait: up to $2 for each channel of $1, its own and those of its
--- groups since it joined. One row at least for each channel, with its groups; the row is locked, in
--- the order of names, so that of all processes one at a time takes from a channel.
---
--- What another one has done while we waited for its lock shows in the locked row (cursor, returned),
--- though not in this statement's snapshot of the log: then the log ends earlier here than the cursor
--- stands, nothing is taken, and the cursor stays.
---
--- $3 and $4 are who claims and the number of the claim. Had it been made before, and only the answer
--- been lost with the connection, then it waits for that one to end, takes nothing itself, and gives
--- the same again.
---
--- $5: no head counts beyond the partitions that were known before; see store.py.
-with asked as (
-    select a.name, a.wanted from unnest($1::text[], $2::integer[]) a(name, wanted)
-), claimant as materialized (
-    select k.token, k.names, k.ids from pgchannels.claims k where k.claimant = $3 for update
-), bounds as materialized (
-    select b.head, b.epoch, b.floor, b.partitioned_to, least(b.head, $5::bigint - 1) as upto from pgchannels.bounds b
-), mine as materialized (
-    select c.name, c.cursor, c.returned, c.is_received, c.last_active_at, a.wanted,
-           c.name ~ '[.][0-9a-f]{32}[.][0-9a-f]{16}$' as is_connection
-      from pgchannels.channels c join asked a on a.name = c.name
-     where exists (select from claimant k where k.token < $4::bigint)
-     order by c.name
-       for no key update of c
-), taken as materialized (
-    select m.name, m.wanted, t.*
-      from mine m cross join bounds b
-     cross join lateral (
-         select u.* from (
-             (select r.id, r.channel, r.payload, r.created_at, r.size, r.headers, r.attachments
-                from (select m.name as channel, m.cursor as after
-                      union all
-                      select g.group_name, greatest(g.since, m.cursor)
-                        from pgchannels.memberships g
-                       where g.channel = m.name and g.left_at is null and g.group_name <> m.name
-                      union all
-                      select 'pgchannels:direct', m.cursor where m.is_connection) s
-               cross join lateral (
-                   select r.* from pgchannels.messages r
-                    where r.channel between s.channel and s.channel
-                      and r.id > greatest(s.after, b.floor) and r.id <= b.upto
-                      and (r.expires_at is null or r.expires_at > clock_timestamp())
-                      and (r.headers is null and s.channel <> 'pgchannels:direct'
-                           or pgchannels.is_for(r.headers, m.name, s.channel = 'pgchannels:direct'))
-                    order by r.channel, r.id limit m.wanted) r
-               order by r.id limit m.wanted)
-             union all
-             (select r.id, r.channel, r.payload, r.created_at, r.size, r.headers, r.attachments
-                from pgchannels.messages r
-               where r.id = any (m.returned) and r.id <= least(b.upto, m.cursor) and r.id > b.floor
-                 and (r.expires_at is null or r.expires_at > clock_timestamp()))) u
-          order by u.id limit m.wanted) t
-), counted as materialized (
-    select m.name, count(t.id) as count, max(t.id) as last, coalesce(array_agg(t.id) filter (where t.id is not null), '{}') as ids
-      from mine m left join taken t on t.name = m.name group by m.name
-), moved as (
-    update pgchannels.channels c
-       set cursor = greatest(m.cursor, case when t.count < m.wanted then b.upto else t.last end),
-           -- of those that were neither taken nor come after what was, the messages are gone
-           returned = array(select r.id from unnest(m.returned) r(id)
-                             where r.id <> all (t.ids) and (r.id > b.upto or (t.count = m.wanted and r.id > t.last))),
-           is_received = true,
-           last_active_at = clock_timestamp()
-      from mine m join counted t on t.name = m.name cross join bounds b
-     where c.name = m.name
-       -- an empty claim writes only now and then, lest the next ones look at ever more in vain, and
-       -- memberships end of which somebody asks often enough whether there is something
-       and (t.count > 0 or not m.is_received or b.upto > m.cursor + 1000
-            or m.last_active_at < clock_timestamp() - interval '10 seconds')
-), noted as (
-    update pgchannels.claims k
-       set token = $4::bigint, names = n.names, ids = n.ids, made_at = clock_timestamp()
-      from (select array_agg(t.name order by t.id) as names, array_agg(t.id order by t.id) as ids
-              from taken t having count(*) > 0) n
-     where k.claimant = $3
-), given as (
-    select t.name, t.id, t.channel, t.payload, t.created_at, t.size, t.headers, t.attachments from taken t
-    union all
-    select u.name, r.id, r.channel, r.payload, r.created_at, r.size, r.headers, r.attachments
-      from claimant k cross join unnest(k.names, k.ids) u(name, id) join pgchannels.messages r on r.id = u.id
-     where k.token = $4::bigint
-)
-select b.head, b.epoch, b.partitioned_to, a.name,
-       exists (select from pgchannels.channels c where c.name = a.name) as is_known,
-       exists (select from claimant) as may_claim,
-       array(select m.group_name from pgchannels.memberships m where m.channel = a.name and m.left_at is null) as groups,
-       g.id, g.channel, g.payload, g.created_at, g.size, g.headers, g.attachments
-  from bounds b cross join asked a left join given g on g.name = a.name
- order by a.name, g.id;
+-- Take messages for receivers; see the function. $7: bytes that one claim may bring.
+select c.* from pgchannels.claim($1::text[], $2::integer[], $3::integer[], $4::uuid, $5::bigint, $6::bigint, $7::bigint) c;
 
 -- name: hand_back
--- What was taken for a receiver that has gone: the next one's, wherever it waits. Numbered like the
--- claims, so that it is not done twice when only the answer was lost.
-with noted as (
-    update pgchannels.claims k set token = $4::bigint, names = '{}', ids = '{}', made_at = clock_timestamp()
-     where k.claimant = $3 and k.token < $4::bigint
-    returning 1
-), locked as materialized (
-    select c.name from pgchannels.channels c
-     where c.name = any ($1::text[]) and exists (select from noted)
-     order by c.name for no key update of c
-), updated as (
-    update pgchannels.channels c set returned = c.returned || b.ids
-      from locked l
-      join (select u.name, array_agg(u.id) as ids from unnest($1::text[], $2::bigint[]) u(name, id) group by u.name) b
-        on b.name = l.name
-     where c.name = l.name
-    returning c.name
-)
-insert into pgchannels.outbox (channel, payload)
-select 'pgchannels:members', json_build_object('channels', json_agg(u.name)) from updated u having count(*) > 0;
+select pgchannels.hand_back($1::text[], $2::bigint[], $3::uuid, $4::bigint);
 
 -- name: touch_channels
 -- Somebody waits to receive from these: they are in use. In the order of names, as claims lock them.
 with locked as materialized (
     select c.name from pgchannels.channels c where c.name = any ($1::text[]) order by c.name for no key update
 )
-update pgchannels.channels c set last_active_at = clock_timestamp() from locked l where c.name = l.name;
+update pgchannels.channels c set last_active_at = clock_timestamp() from locked l
+ where c.name = l.name and c.last_active_at < clock_timestamp() - interval '10 seconds';
 
 -- Members
 

@@ -160,7 +160,7 @@ async def all_taken(database_url: str) -> Any:
             "select not exists (select from pgchannels.outbox)"
             " and c.cursor >= (select max(m.id) from pgchannels.messages m"
             "                   where m.channel = 'jobs' or m.channel like 'team:%')"
-            " and c.returned = '{}' from pgchannels.channels c where c.name = 'jobs'"
+            " and c.returned = '{}' from pgchannels.cursors c where c.name = 'jobs'"
         )
     finally:
         await connection.close(timeout=5)
@@ -314,7 +314,7 @@ async def test_a_claim_outlives_its_connection(database_url: str, *, overtaking:
 
     async def claimed() -> Any:
         return await watcher.fetchval(
-            "select cursor > 1 from pgchannels.channels where name = 'jobs'"
+            "select cursor > 1 from pgchannels.cursors where name = 'jobs'"
         )
 
     try:
@@ -381,7 +381,7 @@ async def test_cancelled_when_its_channel_is_forgotten(
     connection = await asyncpg.connect(database_url)
 
     async def handed_back() -> Any:
-        return await connection.fetchval("select returned from pgchannels.channels")
+        return await connection.fetchval("select returned from pgchannels.cursors")
 
     try:
         async with PostgresLayer(database_url) as layer:
@@ -409,7 +409,7 @@ async def test_handing_back_is_refused(
                 "    raise exception 'refused' using errcode = 'deadlock_detected';"
                 "  end if;"
                 "  return new; end $$;"
-                "create trigger refuse before update of returned on pgchannels.channels"
+                "create trigger refuse before update of returned on pgchannels.cursors"
                 "  for each row when (new.returned <> '{}') execute function refuse()"
             )
         finally:

@@ -161,6 +161,51 @@ def test_what_has_become_due_is_removed(connection: Connection, within: str | No
     ]
 
 
+@pytest.mark.usefixtures("held_snapshot")
+def test_receiving_does_not_slow_down(connection: Connection) -> None:
+    """Each claim takes a message. A process claims with another row after some time."""
+
+    def receive(count: int) -> None:
+        connection.execute(
+            "do $$ declare me uuid; begin"
+            f" for i in 1..{count} loop"
+            "   if i % 200 = 1 then"
+            "     delete from pgchannels.claims;"
+            "     insert into pgchannels.claims (claimant) values (gen_random_uuid())"
+            "       returning claimant into me;"
+            "   end if;"
+            "   perform * from pgchannels.claim("
+            "     '{jobs}', '{1}', '{1}', me, i, 1000000, 1000000);"
+            "   commit;"
+            " end loop;"
+            " end $$".encode()
+        )
+
+    def cost() -> int:
+        me = uuid4()
+        connection.execute("insert into pgchannels.claims (claimant) values (%s)", [me])
+        return pages(
+            connection,
+            "select * from pgchannels.claim("
+            f"'{{jobs}}', '{{1}}', '{{1}}', '{me}', 1, 1000000, 1000000)",
+        )
+
+    connection.execute("insert into pgchannels.channels (name) values ('jobs')")
+    connection.execute(
+        "insert into pgchannels.outbox (channel, payload)"
+        " select 'jobs', '{}' from generate_series(1, 3000)"
+    )
+    connection.execute("select pgchannels.seal(10000)")
+    receive(10)
+    cost()
+    before = cost()
+    receive(2000)
+    assert cost() <= before + 15
+    assert connection.execute("select cursor from pgchannels.cursors").fetchall() == [
+        {"cursor": 2013}
+    ]
+
+
 async def test_a_take_that_waited_counts_on_from_a_row_that_has_moved_in_the_index(
     database_url: str, connection: Connection
 ) -> None:

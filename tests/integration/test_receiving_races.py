@@ -71,8 +71,9 @@ class Session:
         await self.run("seal", 1000, "pgchannels")
 
     async def claim(self, node: UUID, token: int, names: list[str], wanted: int) -> list[int]:
-        rows = await self.run("claim", names, [wanted] * len(names), node, token, FAR)
-        return [row["id"] for row in rows if row["id"] is not None]
+        counts = [wanted] * len(names)
+        rows = await self.run("claim", names, counts, counts, node, token, FAR, 2**20)
+        return sorted(id for row in rows if row["name"] is not None for id in row["ids"])
 
     async def change(self, group: str, names: list[str], *, adding: bool) -> None:
         count = len(names)
@@ -209,7 +210,7 @@ class TestRepeating:
         await eventually(blocked(watcher))
         await first.transaction.commit()
         await again
-        assert await watcher.value("select returned from pgchannels.channels") == [1]
+        assert await watcher.value("select returned from pgchannels.cursors") == [1]
         assert await first.claim(node, 3, ["jobs"], 2) == [1]
 
     async def test_an_attempt_that_was_overtaken(self, sessions: Sessions) -> None:
@@ -311,7 +312,7 @@ class TestClaims:
         await closing
         assert all(task.exception() is not None for task in receiving)
         assert await watcher.value(
-            "select returned from pgchannels.channels where name = 'jobs'"
+            "select returned from pgchannels.cursors where name = 'jobs'"
         ) == [1]
 
     async def test_a_connection_that_was_declared_dead(
@@ -345,7 +346,7 @@ class TestPruning:
         assert await claiming.claim(node, 1, ["jobs"], 1) == [1]
         await self.prunes_nothing(claiming, pruning, watcher, "delete_stale_receivers", DAY)
         assert await claiming.claim(node, 2, ["jobs"], 1) == []
-        assert await watcher.value("select cursor from pgchannels.channels") == 1
+        assert await watcher.value("select cursor from pgchannels.cursors") == 1
 
     async def test_a_key(self, sessions: Sessions) -> None:
         publishing, pruning, watcher = sessions
