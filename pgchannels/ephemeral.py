@@ -2,8 +2,9 @@
 
 They are inserted into a table that is not logged, and the notification of that transaction names
 their ids. What it says is checked by reading them: a forged one shows nothing that is not there,
-and no message comes twice. Nobody looks for them otherwise, so what is sent while a node does not
-listen, it misses. They are swept out of the table within seconds.
+and no message comes twice: those that came are remembered for as long as they stay there, and a
+message that is older than all that are remembered is no news. Nobody looks for them otherwise, so
+what is sent while a node does not listen, it misses. They are swept out within seconds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import logging
 import re
 from collections import deque
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from pgchannels.errors import DatabaseError
@@ -26,12 +27,16 @@ __all__ = ["Ephemeral"]
 logger = logging.getLogger("pgchannels.ephemeral")
 
 _HINT = re.compile(r"e (\d{1,18}) (\d{1,18})", re.ASCII)
-# Messages that one read brings, and ids that are remembered.
+# Messages that one read brings.
 _MAX_MESSAGES = 1000
-_REMEMBERED = 20_000
-# Seconds to wait after a hint at messages that are not there, or that have come already.
+# Seconds for which a message is remembered, as long as it stays in the table; and how many are.
+_MEMORY_TIME = 10.0
+_REMEMBERED = 100_000
+# Seconds to rest after a look that found nothing, or mostly what had come already. A few of those
+# are no sign of a forged hint, for the hints of concurrent statements overlap.
 _AFTER_FALSE_HINT = 0.05
 _AFTER_OLD_HINT = 0.005
+_FEW = 20
 
 
 class Ephemeral:
@@ -49,8 +54,11 @@ class Ephemeral:
         self._range: tuple[int, int] | None = None
         self._hinted = asyncio.Event()
         # With their times: after a crash of the server the ids begin anew.
-        self._seen: deque[tuple[int, datetime]] = deque()
+        self._seen: deque[tuple[float, int, datetime]] = deque()
         self._is_seen: set[tuple[int, datetime]] = set()
+        # No message up to here that is not remembered is a new one. Both count: after a crash the
+        # ids are lower, and after the clock has been set back the times.
+        self._forgotten = (0, datetime.min.replace(tzinfo=UTC))
 
     def hint(self, payload: str) -> bool:
         """A notification came. Say whether it is about ephemeral messages."""
@@ -79,24 +87,35 @@ class Ephemeral:
 
     async def _bring(self, first: int, last: int) -> float:
         """Hand out what is there; return for how long to rest after that."""
-        rest = _AFTER_FALSE_HINT
+        old = new = 0
         while True:
             position = self._hub.position
             read = await self._store.read_ephemeral(first, last, _MAX_MESSAGES, position)
             for id, message in read:
                 # Those of concurrent statements may lie in between, and have hints of their own.
-                if (id, message.created_at) in self._is_seen:
-                    rest = min(rest, _AFTER_OLD_HINT)
-                else:
-                    rest = 0
+                if self._is_new(id, message.created_at):
+                    new += 1
                     self._remember(id, message.created_at)
                     self._hub.offer(message)
+                else:
+                    old += 1
             if len(read) < _MAX_MESSAGES:
-                return rest
+                break
             first = read[-1][0] + 1
+        if old > max(_FEW, new) or (not old and not new):
+            return _AFTER_FALSE_HINT
+        return 0 if new else _AFTER_OLD_HINT
+
+    def _is_new(self, id: int, created_at: datetime) -> bool:
+        if (id, created_at) in self._is_seen:
+            return False
+        return id > self._forgotten[0] or created_at > self._forgotten[1]
 
     def _remember(self, id: int, created_at: datetime) -> None:
-        self._seen.append((id, created_at))
+        now = asyncio.get_running_loop().time()
+        self._seen.append((now, id, created_at))
         self._is_seen.add((id, created_at))
-        if len(self._seen) > _REMEMBERED:
-            self._is_seen.discard(self._seen.popleft())
+        while now - self._seen[0][0] > _MEMORY_TIME or len(self._seen) > _REMEMBERED:
+            _, id, created_at = self._seen.popleft()
+            self._is_seen.discard((id, created_at))
+            self._forgotten = max(self._forgotten[0], id), max(self._forgotten[1], created_at)

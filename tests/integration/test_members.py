@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from psycopg.rows import scalar_row
 
-from pgchannels import InvalidPayload, Message, PostgresLayer, Settings, Stream
+from pgchannels import InvalidPayload, Message, PostgresLayer, Settings, Stream, ephemeral
 from pgchannels.channels import DIRECT, EVERYONE, user_channel
 from pgchannels.records import LogPage
 from tests.support.eventually import eventually
@@ -376,6 +376,31 @@ class TestForgery:
             async with asyncio.timeout(10):
                 assert (await receiving)["n"] == 1
         assert worse_than(caplog, logging.INFO) == []
+
+    @pytest.mark.parametrize("remembered", [5, 100])
+    async def test_hints_at_ephemeral_messages_that_have_come(
+        self,
+        layer: PostgresLayer,
+        connection: Connection,
+        monkeypatch: pytest.MonkeyPatch,
+        remembered: int,
+    ) -> None:
+        """None comes twice, though a node does not remember all of them; it rests after a look."""
+        monkeypatch.setattr(ephemeral, "_REMEMBERED", remembered)
+        await eventually(lambda: layer.is_listening)
+        async with layer.subscribe("room") as stream:
+            for n in range(50):
+                await layer.send_ephemeral("room", {"n": n})
+            received = [message["n"] for message in await take(stream, 50)]
+            connection.execute("select pg_notify('pgchannels', 'e 1 999999999999999999')")
+            await layer.send_ephemeral("room", {"n": 50})
+            received += [message["n"] for message in await take(stream, 1)]
+            assert received == list(range(51))
+            found = ephemeral.Ephemeral(layer._opened.store, layer._opened.hub)
+            assert await found._bring(1, 1000) == 0
+            assert await found._bring(1, 1000) == ephemeral._AFTER_FALSE_HINT
+            assert await found._bring(1, 1) == ephemeral._AFTER_OLD_HINT
+            assert await found._bring(1000, 1000) == ephemeral._AFTER_FALSE_HINT
 
     async def test_a_new_channel_does_not_read_what_was_sent_directly_to_others(
         self, layer: PostgresLayer, monkeypatch: pytest.MonkeyPatch
