@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pgchannels.backoff import Backoff
+from pgchannels.budget import Budget
 from pgchannels.errors import ChannelLayerClosed, DatabaseError, DatabaseUnavailable
 from pgchannels.messages import Position
 from pgchannels.records import NOTHING_SEEN, Head, LogPage, Seen
@@ -38,6 +39,11 @@ _FEW_CHANNELS = 32
 # several messages sends them at a fraction of the cost of each by itself.
 _OFFERS_AT_A_TIME = 5000
 _NOBODY: dict[Subscriber, None] = {}
+# Bytes that all who replay may hold, before pages get small; of such a page; and of each message
+# beside its text.
+_MAX_HELD = 128 * 1024 * 1024
+_SMALL_PAGE = 64 * 1024
+_MESSAGE_BYTES = 500
 # Seconds to wait after a hint at messages that are not there.
 _AFTER_FALSE_HINT = 0.05
 _INSUFFICIENT_PRIVILEGE = "42501"
@@ -70,6 +76,7 @@ class Hub:
         self._grown = False
         self._look = asyncio.Event()
         self._replays: dict[tuple[tuple[str, ...], int], asyncio.Task[LogPage]] = {}
+        self._budget = Budget(_MAX_HELD)
         self._listening = False
         # The highest id that was hinted at since the last look.
         self._hinted = 0
@@ -186,9 +193,11 @@ class Hub:
 
     async def _replay(self, channels: tuple[str, ...], after: int) -> LogPage:
         seen = self._seen
-        page = await self._store.read_channels(channels, after, seen=seen)
+        size = _SMALL_PAGE if self._budget.is_used_up else None
+        page = await self._store.read_channels(channels, after, size=size, seen=seen)
         self._check_same(seen, page.mark)
-        return page
+        held = sum(message.size + _MESSAGE_BYTES for message in page.messages)
+        return page._replace(held=self._budget.hold(held))
 
     def _check_same(self, seen: Seen, mark: int | None) -> None:
         """Nothing counts that was read where the batch is missing that was seen before."""

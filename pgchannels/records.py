@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeAlias
 from uuid import UUID
 
+from pgchannels.budget import Held
 from pgchannels.messages import Message, Position
 
 __all__ = [
@@ -75,6 +76,8 @@ class LogPage(NamedTuple):
     """The last id that was looked at, if that is not the last message's: its time was over."""
     mark: int | None = None
     """The newest batch's; None if the log is empty, or lacks the batch that the reader has seen."""
+    held: Held | None = None
+    """To be kept for as long as the messages are."""
 
     @property
     def end(self) -> int:

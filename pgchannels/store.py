@@ -219,10 +219,15 @@ class Queries:
         after: int,
         *,
         limit: int | None = None,
+        size: int | None = None,
         seen: Seen = NOTHING_SEEN,
     ) -> LogPage:
-        """The messages of *channels* with ids above *after*, oldest first."""
-        limit, size = limit or self._settings.page_size, self._settings.page_bytes
+        """The messages of *channels* with ids above *after*, oldest first.
+
+        Up to *limit* messages, of *size* bytes or one more; the page's of the settings if None.
+        """
+        limit = limit or self._settings.page_size
+        size = min(size or self._settings.page_bytes, self._settings.page_bytes)
         return await self._read("read_channels", channels, after, limit=limit, size=size, seen=seen)
 
     async def read_backwards(self, channel: str, before: int, after: int, limit: int) -> LogPage:

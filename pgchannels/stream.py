@@ -25,6 +25,7 @@ from pgchannels.records import Head, LogPage
 from pgchannels.subscription import Read, State, Subscription
 
 if TYPE_CHECKING:
+    from pgchannels.budget import Held
     from pgchannels.member import Member
     from pgchannels.settings import Settings
 
@@ -143,6 +144,7 @@ class Stream:
         self._told_key = False
         self._wakeup: asyncio.Future[None] | None = None
         self._ephemeral: list[Message] = []
+        self._held: Held | None = None
         self._ready: deque[Message] = deque()
         self._told_truncated = False
         self._entered = False
@@ -333,6 +335,7 @@ class Stream:
     def close(self, error: BaseException | None = None) -> None:
         """Let go of everything. A task that waits here gets *error*, or the end."""
         self._closed = True
+        self._held = None
         self._error = self._error or error
         self._streams.discard(self)
         if self._member is not None:
@@ -388,6 +391,7 @@ class Stream:
         self._check_entered()
         if self._wakeup is not None:
             raise RuntimeError("another task is waiting on this stream; each needs one of its own")
+        self._held = None  # it has come back for more
         subscription = self._subscription
         while not self._closed:
             read = subscription.next_read()
@@ -487,6 +491,7 @@ class Stream:
                 messages = [message for message in page.messages if message.is_for(self._name)]
                 if self._filter is not None:
                     messages = await filtered(messages, self._filter)
+                self._held = page.held
                 self._subscription.page(
                     read,
                     messages,

@@ -25,6 +25,7 @@ from pgchannels import (
     Settings,
 )
 from pgchannels.sql import load_queries
+from tests.support.eventually import eventually
 from tests.support.tcp_proxy import TcpProxy
 
 Connection = psycopg.Connection[Any]
@@ -343,3 +344,38 @@ class TestFilteredStreams:
             for stream in streams:
                 stream.close()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class TestManyWhoReplay:
+    """Readers that replay, and take their time, hold a bounded part of the log together."""
+
+    async def test_pages_get_small_when_much_is_held_and_nobody_waits(
+        self, layer: PostgresLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pgchannels.hub._SMALL_PAGE", 4000)
+        async with layer.subscribe("room") as live:
+            for n in range(30):
+                await layer.send("room", {"n": n, "text": "x" * 2000})
+            sent = [await anext(live) for _ in range(30)]
+        budget = layer._opened.hub._budget
+        monkeypatch.setattr(budget, "_limit", 100_000)
+        assert budget.held == 0
+
+        def replay(after: int) -> Any:
+            return layer.subscribe("room", after=f"1-{after}")
+
+        async with replay(0) as one, replay(0) as same, replay(1) as two, replay(2) as three:
+            # Two that have asked for the same page share it, and it counts once.
+            pages = await asyncio.gather(one.batch(), same.batch())
+            assert [*pages] == [sent, sent]
+            assert 60_000 < budget.held < 100_000
+            assert await two.batch() == sent[1:]
+            assert budget.held > 100_000
+            # It gets less at a time, though none of the others has taken more.
+            read = await three.batch()
+            assert read == sent[2 : 2 + len(read)]
+            assert 1 <= len(read) <= 3
+            while len(read) < 28:
+                read += await three.batch()
+            assert read == sent[2:]
+        await eventually(lambda: budget.held == 0)
