@@ -22,6 +22,7 @@ from benchmarks.figures import Figure, ratio
 from benchmarks.payloads import PAYLOAD_TEXT
 from pgchannels import PostgresLayer, Settings
 from pgchannels.messages import BEGINNING, Position
+from pgchannels.sealer import BATCH_BYTES
 from pgchannels.store import Session
 
 __all__ = ["BENCHMARK"]
@@ -116,10 +117,10 @@ class Log:
         moved = 0
         start = now()
         while moved < self._rows:
-            sealed, _head = await self._session.seal()
-            if not sealed:
+            batch = await self._session.seal(self._settings.batch_size, BATCH_BYTES)
+            if not batch.sealed:
                 raise RuntimeError(f"only {moved} of {self._rows} were sealed")
-            moved += sealed
+            moved += batch.sealed
         return self._rows / (now() - start)
 
     async def select(self) -> float:

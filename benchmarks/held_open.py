@@ -17,6 +17,7 @@ from benchmarks.figures import Figure, figure, ratio
 from benchmarks.payloads import PAYLOAD_TEXT
 from pgchannels import Settings
 from pgchannels.records import Outgoing
+from pgchannels.sealer import BATCH_BYTES
 from pgchannels.store import Session
 
 __all__ = ["BENCHMARK"]
@@ -61,10 +62,10 @@ async def _measure(context: Context, batches: int, *, held: bool) -> dict[str, f
             for _ in range(batches):
                 await publisher.insert(messages)
                 start = now()
-                sealed, _head = await sequencer.seal()
+                batch = await sequencer.seal(settings.batch_size, BATCH_BYTES)
                 times.append(1000 * (now() - start))
-                if sealed != PER_BATCH:
-                    raise RuntimeError(f"{sealed} messages were sealed instead of {PER_BATCH}")
+                if batch.sealed != PER_BATCH:
+                    raise RuntimeError(f"{batch.sealed} were sealed instead of {PER_BATCH}")
         finally:
             await sequencer.close()
             await publisher.close()

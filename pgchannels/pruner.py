@@ -61,7 +61,7 @@ class PruneReport:
     receivers_deleted: int = 0
     """What was remembered of channels that nobody receives from any more."""
     stragglers: int = 0
-    """Rows of the outbox that no batch would have taken; there must be none. Published anew."""
+    """Rows of the outbox that no batch would have taken; there must be none. Published again."""
     problems: list[str] = field(default_factory=list)
     """What could not be done this time; it is tried again the next."""
 
@@ -81,6 +81,8 @@ class Pruner:
         self._lease = lease
         # Batches before this one have been thinned out.
         self._thinned_to = 0
+        # For stragglers, in those with lower ids of transactions.
+        self._looked_below = "0"
 
     @property
     def _group_expiry(self) -> timedelta | None:
@@ -108,13 +110,20 @@ class Pruner:
         if not dry_run:
             # Ahead of time and first of all: without room in the log, nothing can be published.
             report.partitions_added = await self._value("add_partitions_ahead")
-            report.stragglers = await self._value("requeue_stragglers")
+            report.stragglers = await self._requeue_stragglers()
         await self._prune(report, dry_run=dry_run)
         if report.stragglers:
-            logger.error("%d stragglers found in the outbox and published anew", report.stragglers)
+            logger.error("%d stragglers found in the outbox and published again", report.stragglers)
         if not dry_run:
             logger.debug("pruned: %s", report)
         return report
+
+    async def _requeue_stragglers(self) -> int:
+        """Publish again what no batch would take; each transaction is looked at once."""
+        (row,) = await self._session.fetch("requeue_stragglers", self._looked_below)
+        self._looked_below = row["through"]
+        requeued: int = row["requeued"]
+        return requeued
 
     async def _prune(self, report: PruneReport, *, dry_run: bool) -> None:
         floor = (await self._session.head()).floor

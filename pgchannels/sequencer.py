@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pgchannels.backoff import Backoff
 from pgchannels.errors import DatabaseError, DatabaseUnavailable
+from pgchannels.sealer import Sealer
 from pgchannels.waiting import set_within
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ class Sequencer:
         *,
         sealed: Callable[[int], None],
     ) -> None:
-        self._sealed = sealed
         self._settings = settings
         self._session = session
+        self._sealer = Sealer(settings, session, sealed=sealed)
         self._lease = lease
         self._wakeup = asyncio.Event()
         self._polls = False
@@ -118,15 +119,7 @@ class Sequencer:
 
     async def run_once(self) -> int:
         """Seal until the outbox has been emptied; return how many messages were moved."""
-        moved = 0
-        while True:
-            sealed, head = await self._session.seal()
-            if not sealed:
-                return moved
-            moved += sealed
-            self._sealed(head)
-            if sealed < self._settings.batch_size:
-                return moved
+        return await self._sealer.drain()
 
     async def close(self) -> None:
         """Let another node poll."""

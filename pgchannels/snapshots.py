@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from pgchannels.errors import DatabaseError, DatabaseUnavailable
 from pgchannels.messages import Position
+from pgchannels.sealer import BATCH_BYTES, Sealer
 from pgchannels.sql import in_schema
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ logger = logging.getLogger("pgchannels.snapshots")
 
 # What the last batch may hold; the backlog before it is sealed in the ordinary way.
 _MAX_MESSAGES = 100_000
+_MAX_BYTES = 4 * BATCH_BYTES
 # Seconds until a session that holds the others up, and does nothing, is ended.
 _IDLE_TIME = 5
 # Conflicts with a pruner, and publishers that are faster than the sequencer.
@@ -49,9 +51,9 @@ class Snapshots:
     def __init__(
         self, settings: Settings, session: Session, *, sealed: Callable[[int], None]
     ) -> None:
-        self._settings = settings
         self._session = session
         self._sealed = sealed
+        self._sealer = Sealer(settings, session, sealed=sealed)
         self._lock = asyncio.Lock()
         self._lock_table = in_schema("pgchannels.sequencer_lock", settings.schema_name)
 
@@ -85,8 +87,7 @@ class Snapshots:
 
     async def _attempt(self, adopt: Callable[[str], Awaitable[None]]) -> Position | None:
         session = self._session
-        while (await session.seal())[0] >= self._settings.batch_size:
-            pass
+        await self._sealer.drain()
         # The lock before the snapshot, which must show what the previous holder has committed: none
         # of these statements takes one. A session that is left waiting is ended by the server.
         await session.execute(
@@ -94,13 +95,13 @@ class Snapshots:
             f" set local idle_in_transaction_session_timeout = '{_IDLE_TIME}s';"
             f" lock table {self._lock_table} in share update exclusive mode"
         )
-        ((sealed, head),) = await session.fetch("seal_here", _MAX_MESSAGES)
-        if sealed == _MAX_MESSAGES:
-            position = None  # and perhaps more was to be seen
+        batch = await session.seal_only(_MAX_MESSAGES, _MAX_BYTES)
+        if batch.stopped:
+            position = None  # more was to be seen
         else:
             ((snapshot, epoch),) = await session.fetch("export_snapshot")
             await adopt(snapshot)
-            position = Position(epoch, head)
+            position = Position(epoch, batch.head)
         # The reader has adopted it: it outlives the transaction that it was exported from. The
         # savepoint is refused outside of a transaction, and so on another connection than the one
         # that has sealed. Then nothing was committed.
@@ -112,7 +113,7 @@ class Snapshots:
             raise DatabaseUnavailable(
                 "the connection was lost that a snapshot was made on"
             ) from error
-        if sealed:
-            self._sealed(head)
-            await session.notify(self._settings.schema_name, str(head))
+        if batch.sealed:
+            self._sealed(batch.head)
+            await self._sealer.notify(batch.head)
         return position

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from pgchannels.settings import Settings
 
-__all__ = ["Claim", "Claims", "Partition", "Session", "Store"]
+__all__ = ["Batch", "Claim", "Claims", "Partition", "Session", "Store"]
 
 logger = logging.getLogger("pgchannels.store")
 
@@ -56,6 +56,17 @@ class Partition(NamedTuple):
     detaching: bool
     first_id: int
     end_id: int
+
+
+class Batch(NamedTuple):
+    """What a batch of the sequencer moved."""
+
+    sealed: int
+    """How many messages."""
+    head: int
+    """The id of the newest message in the log."""
+    stopped: bool
+    """Whether it stopped at a limit, and left messages for the next batch."""
 
 
 class Claim(NamedTuple):
@@ -201,14 +212,19 @@ class Queries:
         self._partitioned_to = partitioned_to
         return Claims(channels, may_claim, head >= known)
 
-    async def seal(self) -> tuple[int, int]:
-        """Run one batch and tell the nodes.
+    async def seal(self, max_messages: int, max_bytes: int) -> Batch:
+        """Move one batch into the log, and notify the nodes.
 
-        Return how many messages it moved and the id of the newest one.
+        The notification has a transaction of its own. If it fails, this raises although the batch
+        has been committed.
         """
-        settings = self._settings
-        (row,) = await self.fetch("seal", settings.batch_size, settings.schema_name)
-        return row["sealed"], row["head"]
+        (row,) = await self.fetch("seal", max_messages, max_bytes, self._settings.schema_name)
+        return Batch(*row)
+
+    async def seal_only(self, max_messages: int, max_bytes: int) -> Batch:
+        """Move one batch into the log, and notify nobody."""
+        (row,) = await self.fetch("seal_only", max_messages, max_bytes)
+        return Batch(*row)
 
     async def notify(self, channel: str, payload: str) -> None:
         await self.fetch("notify", channel, payload)

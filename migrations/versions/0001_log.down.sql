@@ -1,9 +1,9 @@
 -- Partitions go with their parent; those that were detached and, by a crash of the pruner, not
 -- dropped, are looked up.
 
-drop function pgchannels.requeue_stragglers();
-drop procedure pgchannels.seal_and_notify(integer, text, integer, bigint);
-drop function pgchannels.seal(integer);
+drop function pgchannels.requeue_stragglers(xid8);
+drop procedure pgchannels.seal_and_notify(integer, bigint, text, integer, bigint, boolean);
+drop function pgchannels.seal(integer, bigint);
 drop function pgchannels.add_partitions(bigint);
 drop function pgchannels.lock_sequencer();
 drop function pgchannels.publish(text, json, interval);

@@ -261,7 +261,10 @@ $$;
 --
 -- Call it as a statement of its own, in READ COMMITTED: each statement below must see what the
 -- previous holder of the lock committed.
-create function pgchannels.seal(max_messages integer default 10000, out sealed integer, out head bigint)
+-- Bytes are counted from revision 0004 on.
+create function pgchannels.seal(
+    max_messages integer default 10000, max_bytes bigint default 16777216,
+    out sealed integer, out head bigint, out stopped boolean)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 -- The outbox may hold any number of dead rows while an old transaction keeps vacuum from them. The
@@ -342,6 +345,7 @@ begin
 
     head := coalesce(head, previous_id);
     sealed := head - previous_id;
+    stopped := sealed = max_messages;
 end
 $$;
 
@@ -349,11 +353,12 @@ $$;
 -- ended, so it gets one of its own, after the batch's: that writes nothing, and flushes nothing.
 -- Should the server die in between, the nodes' polls find the batch.
 create procedure pgchannels.seal_and_notify(
-    max_messages integer, notified text, inout sealed integer default null, inout head bigint default null)
+    max_messages integer, max_bytes bigint, notified text,
+    inout sealed integer default null, inout head bigint default null, inout stopped boolean default null)
 language plpgsql
 as $$
 begin
-    select s.sealed, s.head into sealed, head from pgchannels.seal(max_messages) s;
+    select s.sealed, s.head, s.stopped into sealed, head, stopped from pgchannels.seal(max_messages, max_bytes) s;
     commit;
     if sealed > 0 then
         perform pg_notify(notified, head::text);
@@ -363,8 +368,10 @@ $$;
 
 -- Rows of the outbox that no batch will ever take, because every snapshot since says that they had
 -- been taken. There must be none; if some are found (someone has tampered with batches, say), they
--- are published anew, late and out of their order, rather than never.
-create function pgchannels.requeue_stragglers() returns bigint
+-- are published again, late and out of their order, rather than never. Only those of transactions that
+-- are below the newest snapshot's xmin, and so above the index entries of what was sealed while an old
+-- one was open; and not below "above": up to there, somebody has looked when these were over.
+create function pgchannels.requeue_stragglers(above xid8 default '0') returns bigint
 language sql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -373,8 +380,8 @@ as $$
     ), requeued as (
         update pgchannels.outbox o set xid = pg_current_xact_id()
           from newest n
-         where o.xid < pg_snapshot_xmax(n.snapshot)
-           and pg_visible_in_snapshot(o.xid, n.snapshot)
+         where o.xid >= above
+           and o.xid < pg_snapshot_xmin(n.snapshot)
            and pg_snapshot_xmax(n.snapshot) <= pg_snapshot_xmax(pg_current_snapshot())
         returning 1
     )

@@ -462,8 +462,8 @@ end
 $$;
 
 -- What changes who is present in a group goes one after the other, and is told of in that order,
--- with counts that add up. The log's order within a batch is that of transaction ids, so this must
--- come before anything that gives the transaction its id: before any write or row lock.
+-- with counts that add up. The lock comes before any write or row lock, so that two of these cannot wait
+-- for each other.
 create function pgchannels.lock_presence(groups text[]) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp

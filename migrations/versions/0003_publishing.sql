@@ -106,7 +106,7 @@ begin
         return true;
     end if;
     if channel in ('pgchannels:commands', 'pgchannels:members') then
-        return has_function_privilege('pgchannels.seal(integer)', 'execute');
+        return has_function_privilege('pgchannels.seal(integer, bigint)', 'execute');
     end if;
     if not has_function_privilege('pgchannels.claim_reserved_keys(text[], text[], interval)', 'execute') then
         raise exception 'role % may publish to channels, groups and everyone, but not to users or to several connections: %',
@@ -800,7 +800,7 @@ begin
         union
         select 'node', r.rolname, false
           from pg_proc p cross join aclexplode(p.proacl) x join pg_roles r on r.oid = x.grantee
-         where p.oid = 'pgchannels.seal(integer)'::regprocedure and x.privilege_type = 'EXECUTE' and x.grantee <> p.proowner
+         where p.oid = 'pgchannels.seal(integer, bigint)'::regprocedure and x.privilege_type = 'EXECUTE' and x.grantee <> p.proowner
     loop
         perform pgchannels.grant_access(given.kind, given.role_name, given.to_users);
     end loop;
@@ -810,7 +810,9 @@ $$;
 -- A node that is not the owner needs partitions, too.
 alter function pgchannels.add_partitions(bigint) security definer;
 
-create or replace function pgchannels.seal(max_messages integer default 10000, out sealed integer, out head bigint)
+create or replace function pgchannels.seal(
+    max_messages integer default 10000, max_bytes bigint default 16777216,
+    out sealed integer, out head bigint, out stopped boolean)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 -- The outbox may hold any number of dead rows while an old transaction keeps vacuum from them. The
@@ -908,17 +910,19 @@ begin
 
     head := coalesce(head, previous_id);
     sealed := head - previous_id;
+    stopped := sealed = max_messages;
 end
 $$;
 
 
 -- As it was; whoever calls it may have any search path, and with one of its own it could not commit.
 create or replace procedure pgchannels.seal_and_notify(
-    max_messages integer, notified text, inout sealed integer default null, inout head bigint default null)
+    max_messages integer, max_bytes bigint, notified text,
+    inout sealed integer default null, inout head bigint default null, inout stopped boolean default null)
 language plpgsql
 as $$
 begin
-    select s.sealed, s.head into sealed, head from pgchannels.seal(max_messages) s;
+    select s.sealed, s.head, s.stopped into sealed, head, stopped from pgchannels.seal(max_messages, max_bytes) s;
     commit;
     if sealed operator(pg_catalog.>) 0 then
         perform pg_catalog.pg_notify(notified, head::pg_catalog.text);

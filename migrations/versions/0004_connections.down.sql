@@ -22,5 +22,6 @@ drop index pgchannels.channels_user;
 drop index pgchannels.channels_connections;
 alter table pgchannels.channels drop column is_connection;
 -- restore pgchannels.seal
+drop function pgchannels.seal_part(bigint, xid8, xid8[], integer, bigint);
 -- restore pgchannels.add_partitions
 alter function pgchannels.add_partitions(bigint) security definer;

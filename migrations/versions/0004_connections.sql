@@ -560,7 +560,132 @@ begin
 end
 $$;
 
-create or replace function pgchannels.seal(max_messages integer default 10000, out sealed integer, out head bigint)
+-- A part of what is due, where that is more than one batch may take: for seal(), which holds the lock.
+--
+-- It is cut by id. That keeps the order of transactions: what must come first was committed before the
+-- other was published, so it has lower ids, and is visible wherever the other is. And what becomes
+-- visible after the cut need not come before what was visible then. The transactions of which
+-- something is left are recorded as if they were in flight, so that the next batch looks for just
+-- these. No more than "max_open" of them: the others are recorded as if they had not begun.
+--
+-- To find the lowest ids it does not look at all that waits. No id above that in "edge" is taken,
+-- because enough others are below. Of the transactions that come next, in the order of xids, it
+-- looks at more with first ids above the edge than can be open at once, and leaves the rest. For
+-- suppose that a message of one of the rest must come before one that is taken, and so before an id
+-- below the edge was given. At that moment the transaction of the rest had begun, and with it all
+-- that were looked at, whose xids are lower. But those have published later, so all of them were
+-- open. They are more than "max_open", so that the rest is recorded as not begun.
+create function pgchannels.seal_part(
+    previous_id bigint, seen_below xid8, in_flight xid8[], max_messages integer, max_bytes bigint,
+    out last_id bigint, out stopped boolean)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+declare
+    max_open constant integer := 1000 + current_setting('max_connections')::integer;
+begin
+    with recursive first as materialized (
+        (select o.*
+           from unnest(in_flight) f(xid)
+          cross join lateral (
+              select r.ctid, r.xid, r.id,
+                     pg_column_size(r.payload) + coalesce(pg_column_size(r.attachments), 0) + coalesce(pg_column_size(r.headers), 0) as bytes
+                from pgchannels.outbox r where r.xid = f.xid order by r.xid, r.id limit max_messages + 1) o)
+        union all
+        (select r.ctid, r.xid, r.id, pg_column_size(r.payload) + coalesce(pg_column_size(r.attachments), 0) + coalesce(pg_column_size(r.headers), 0)
+           from pgchannels.outbox r where r.xid >= seen_below order by r.xid, r.id limit max_messages + 1)
+        order by xid, id limit max_messages + 1
+    ), bound as materialized (
+        select max(f.xid) as xid, max(f.id) as id from first f having count(*) > max_messages
+    ), ahead as (
+        select b.xid, null::bigint as id, 0 as place, 0 as above from bound b
+        union all
+        select n.xid, n.id, a.place + 1, a.above + (n.id > b.id)::integer
+          from ahead a cross join bound b
+         cross join lateral (
+             select r.xid, r.id from pgchannels.outbox r
+              where r.xid > a.xid and r.xid >= seen_below order by r.xid, r.id limit 1) n
+         where a.above <= max_open and a.place <= max_messages + max_open
+    ), edge as materialized (
+        select b.xid, least(b.id, (select a.id from ahead a where a.place > 0
+                                    order by a.id offset greatest(max_messages - 1, 0) limit 1)) as id
+          from bound b
+    ), due as materialized (
+        select f.* from first f
+         where not exists (select from edge) or f.xid >= seen_below and f.xid < (select e.xid from edge e)
+        union all
+        select o.*
+          from edge e
+         cross join (select f.xid from unnest(in_flight) f(xid)
+                     union all
+                     select b.xid from bound b where b.xid >= seen_below
+                     union all
+                     select a.xid from ahead a join edge e on a.id <= e.id) x
+         cross join lateral (
+             (select r.ctid, r.xid, r.id,
+                     pg_column_size(r.payload) + coalesce(pg_column_size(r.attachments), 0) + coalesce(pg_column_size(r.headers), 0) as bytes
+                from pgchannels.outbox r
+               where r.xid = x.xid and r.id <= e.id order by r.xid, r.id limit max_messages + 1)
+             union all
+             -- whether there is more of it
+             (select null, r.xid, r.id, 0 from pgchannels.outbox r
+               where r.xid = x.xid and r.id > e.id order by r.xid, r.id limit 1)) o
+        union all
+        select null, a.xid, a.id, 0 from ahead a join edge e on a.id > e.id
+    ), chosen as materialized (
+        select s.ctid, s.id
+          from (select l.ctid, l.id, sum(l.bytes) over (order by l.id) - l.bytes as before
+                  from (select d.ctid, d.id, d.bytes from due d order by d.id limit max_messages) l) s
+         where s.before < greatest(max_bytes, 1)
+    ), cut as materialized (
+        -- no row if nothing is left
+        select coalesce(max(c.id), 0) as id from chosen c having count(*) < (select count(*) from due)
+    ), remaining as materialized (
+        select d.xid from due d cross join cut c where d.id > c.id
+        union
+        select f.xid from cut c cross join pg_snapshot_xip(pg_current_snapshot()) f(xid)
+         order by xid limit max_open + 1
+    ), noted as materialized (
+        select least(pg_snapshot_xmax(pg_current_snapshot()),
+                     (select r.xid from remaining r order by r.xid offset max_open)) as below
+          from cut c
+    ), taken as (
+        delete from pgchannels.outbox o where o.ctid = any (array(select c.ctid from chosen c))
+        returning o.*
+    ), logged as (
+        insert into pgchannels.messages
+               (id, channel, payload, attachments, headers, size, created_at, expires_at)
+        select previous_id + row_number() over (order by t.last_of_xid, t.id),
+               channel, payload, attachments, headers,
+               octet_length(payload::text) + coalesce(octet_length(headers::text), 0)
+               + case when attachments is null then 0
+                      else (select coalesce(sum(octet_length(a.bytes)), 0) from unnest(attachments) a(bytes)) end,
+               created_at, expires_at
+          from (select t.*, max(t.id) over (partition by t.xid) as last_of_xid from taken t) t
+    ), recorded as (
+        insert into pgchannels.batches (last_id, snapshot, epoch)
+        select previous_id + count(*),
+               coalesce((select format('%s:%s:%s', coalesce(min(r.xid), n.below), n.below,
+                                       string_agg(r.xid::text, ',' order by r.xid))::pg_snapshot
+                           from noted n left join remaining r on r.xid < n.below group by n.below),
+                        pg_current_snapshot()),
+               coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1)
+          from taken
+        having count(*) > 0
+        returning batches.last_id
+    )
+    select (select r.last_id from recorded r), exists (select from cut) into last_id, stopped;
+end
+$$;
+
+-- Move what has been committed to the outbox into the log: one batch of up to "max_messages", and of
+-- messages until they have "max_bytes" (as they are stored, so compressed); one at least. "stopped":
+-- it has left something for the next one.
+create or replace function pgchannels.seal(
+    max_messages integer default 10000, max_bytes bigint default 16777216,
+    out sealed integer, out head bigint, out stopped boolean)
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 -- The outbox may hold any number of dead rows while an old transaction keeps vacuum from them. The
@@ -573,6 +698,7 @@ declare
     previous pg_snapshot;
     seen_below xid8;
     in_flight xid8[];
+    fits boolean;
 begin
     if current_setting('transaction_isolation') = 'repeatable read' then
         -- Good only if the previous holder of the lock had committed before this snapshot.
@@ -615,24 +741,27 @@ begin
     -- The delete and the recorded snapshot must be one statement: two have two snapshots, and what
     -- commits between them would be lost for good. The rows that have become visible since the
     -- previous batch are those of transactions that were in flight then or have begun since (PgQ's
-    -- rule). A batch that stops at its limit has not taken all that its snapshot could see, but all
-    -- of the transactions before the last one it took from. It records what that one could have
-    -- seen, so that the next batch begins there and does not walk over what this one has taken.
+    -- rule).
     --
     -- Of two transactions that changed the same row, the one that had to wait for the other comes
     -- second, whichever began first: it went on to publish after the other had committed. So they are
     -- ordered by their last messages.
-    with due as (
-        (select o.ctid, o.xid, o.id
+    with due as materialized (
+        (select o.*
            from unnest(in_flight) f(xid)
-          cross join lateral (select r.ctid, r.xid, r.id from pgchannels.outbox r
-                               where r.xid = f.xid order by r.xid, r.id limit max_messages) o)
+          cross join lateral (
+              select r.ctid, r.xid, r.id,
+                     pg_column_size(r.payload) + coalesce(pg_column_size(r.attachments), 0) + coalesce(pg_column_size(r.headers), 0) as bytes
+                from pgchannels.outbox r where r.xid = f.xid order by r.xid, r.id limit max_messages + 1) o)
         union all
-        (select o.ctid, o.xid, o.id from pgchannels.outbox o
-          where o.xid >= seen_below order by o.xid, o.id limit max_messages)
-        order by xid, id limit max_messages
+        (select r.ctid, r.xid, r.id, pg_column_size(r.payload) + coalesce(pg_column_size(r.attachments), 0) + coalesce(pg_column_size(r.headers), 0)
+           from pgchannels.outbox r where r.xid >= seen_below order by r.xid, r.id limit max_messages + 1)
+        limit max_messages + 1
+    ), total as materialized (
+        select count(*) <= max_messages and coalesce(sum(d.bytes), 0) <= max_bytes as fits from due d
     ), taken as (
-        delete from pgchannels.outbox o where o.ctid = any (array(select ctid from due))
+        delete from pgchannels.outbox o
+         where o.ctid = any (array(select d.ctid from due d cross join total t where t.fits))
         returning o.*
     ), logged as (
         insert into pgchannels.messages
@@ -644,20 +773,21 @@ begin
                       else (select coalesce(sum(octet_length(a.bytes)), 0) from unnest(attachments) a(bytes)) end,
                created_at, expires_at
           from (select t.*, max(t.id) over (partition by t.xid) as last_id from taken t) t
+    ), recorded as (
+        insert into pgchannels.batches (last_id, snapshot, epoch)
+        select previous_id + count(*), pg_current_snapshot(),
+               coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1)
+          from taken
+        having count(*) > 0
+        returning last_id
     )
-    insert into pgchannels.batches (last_id, snapshot, epoch)
-    select previous_id + count(*),
-           case when count(*) < max_messages then pg_current_snapshot()
-                else format('%s:%s:%s', least(pg_snapshot_xmin(pg_current_snapshot()), max(xid)), max(xid),
-                            (select string_agg(f.xid::text, ',' order by f.xid)
-                               from pg_snapshot_xip(pg_current_snapshot()) f(xid)
-                              where f.xid < max(taken.xid)))::pg_snapshot
-           end,
-           coalesce((select b.epoch from pgchannels.batches b order by b.last_id desc limit 1), 1)
-      from taken
-    having count(*) > 0
-    returning last_id into head;
+    select (select r.last_id from recorded r), t.fits into head, fits from total t;
 
+    stopped := false;
+    if not fits then
+        select p.last_id, p.stopped into head, stopped
+          from pgchannels.seal_part(previous_id, seen_below, in_flight, max_messages, max_bytes) p;
+    end if;
     head := coalesce(head, previous_id);
     sealed := head - previous_id;
 end

@@ -185,10 +185,7 @@ def publish(  # type: ignore[misc]  # without a channel, the payload takes its p
 
     Of two transactions that change the same row, readers get the messages of the one that had to
     wait second, if these were published with the flush that writes the row, or later. So call it
-    after a statement (``session.execute(update(…))``) that it tells of, not before. That order is
-    certain while no more messages wait than one batch takes (``batch_size``, 10 000): the rest of a
-    transaction that alone publishes more may come after one that waited for it, if that one began
-    earlier. So make bulk changes in smaller transactions. The messages of one stay in their order.
+    after a statement (``session.execute(update(…))``) that it tells of, not before.
 
     Args:
         session: of a target that was given to :func:`install`.

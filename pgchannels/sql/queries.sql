@@ -7,7 +7,7 @@ select l.works_from from pgchannels.log l;
 -- name: owner
 -- Who owns the log, and whether we may act as that role: partitions are dropped by their owners.
 select pg_get_userbyid(c.relowner) as owner, pg_has_role(c.relowner, 'usage') as is_ours, current_user as we,
-       has_function_privilege('pgchannels.seal(integer)', 'execute') as is_node
+       has_function_privilege('pgchannels.seal(integer, bigint)', 'execute') as is_node
   from pg_class c where c.oid = 'pgchannels.messages'::regclass;
 
 -- name: max_message_size
@@ -161,7 +161,12 @@ with deleted as (
 select count(*) from deleted;
 
 -- name: seal
-call pgchannels.seal_and_notify($1, $2, null, null);
+call pgchannels.seal_and_notify($1, $2, $3, null, null, null);
+
+-- name: seal_only
+-- Without a notification; and in a REPEATABLE READ transaction, so that what its snapshot shows is in
+-- the log then, and nothing else.
+select s.sealed, s.head, s.stopped from pgchannels.seal($1, $2) s;
 
 -- name: notify
 select pg_notify($1, $2);
@@ -425,7 +430,10 @@ select coalesce(max(s.last_id) filter (where s.is_old), $1) as reached, (select 
   from looked_at s;
 
 -- name: requeue_stragglers
-select pgchannels.requeue_stragglers();
+-- Of transactions from $1 on; "through" is where the next look may begin. It was taken before the look.
+select pgchannels.requeue_stragglers($1::text::xid8) as requeued,
+       coalesce((select pg_snapshot_xmin(b.snapshot)::text from pgchannels.batches b order by b.last_id desc limit 1),
+                '0') as through;
 
 -- Receivers
 
@@ -713,10 +721,6 @@ with forgotten as (
     delete from pgchannels.leases l where l.name = 'follower:' || $1
 )
 select count(*) from forgotten;
-
--- name: seal_here
--- In a REPEATABLE READ transaction: what its snapshot shows is in the log then, and nothing else.
-select s.sealed, s.head from pgchannels.seal($1) s;
 
 -- name: export_snapshot
 select pg_export_snapshot() as snapshot, b.epoch from pgchannels.bounds b;

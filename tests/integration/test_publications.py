@@ -59,4 +59,4 @@ async def test_a_publication_for_all_tables_stops_neither_delivery_nor_pruning(
             await session.close()
         assert report.stragglers == 1
         assert report.partitions_dropped
-        assert connection.execute("select sealed from pgchannels.seal()").fetchone() == 1
+        assert connection.execute("select sealed from pgchannels.seal(5)").fetchone() == 1

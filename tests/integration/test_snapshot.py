@@ -31,7 +31,9 @@ from pgchannels import (
     Settings,
 )
 from pgchannels.embedded import EmbeddedPostgres
+from pgchannels.sealer import Sealer
 from tests.support.eventually import eventually
+from tests.support.partitions import make_small
 
 ITEMS = 20
 
@@ -337,6 +339,27 @@ class TestTheLog:
     ) -> None:
         quiet = settings.model_copy(update={"batch_size": 10, "outbox_poll_interval": 3600.0})
         async with PostgresLayer(quiet) as layer:
+            await connection.execute(
+                "select pgchannels.publish('items', '{}') from generate_series(1, 35)"
+            )
+            async with connection.transaction():
+                assert (await layer.snapshot(connection)).id == 35
+
+    async def test_what_did_not_fit_into_the_partition_comes_before_the_position(
+        self,
+        settings: Settings,
+        connection: asyncpg.Connection,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        make_small(settings.dsn, 10)
+        monkeypatch.setattr("pgchannels.snapshots._MAX_MESSAGES", 100)
+
+        # As if it all were committed just after the backlog has been sealed.
+        async def drain(sealer: Sealer) -> int:
+            return 0
+
+        monkeypatch.setattr(Sealer, "drain", drain)
+        async with PostgresLayer(settings) as layer:
             await connection.execute(
                 "select pgchannels.publish('items', '{}') from generate_series(1, 35)"
             )

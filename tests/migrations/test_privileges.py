@@ -102,8 +102,10 @@ def test_the_one_that_has_the_callers_search_path_needs_none(database_url: str) 
             create domain evil.text as pg_catalog.text check (value is null);
             create function evil.pg_notify(pg_catalog.text, pg_catalog.text) returns void
             language sql as $$ insert into evil.calls values ('pg_notify') $$;
-            create function evil.seal(integer, out sealed integer, out head bigint)
-            language sql as $$ insert into evil.calls values ('seal') returning 0, 0::bigint $$;
+            create function evil.seal(
+                integer, bigint, out sealed integer, out head bigint, out stopped boolean)
+            language sql as
+            $$ insert into evil.calls values ('seal') returning 0, 0::bigint, false $$;
             create function evil.greater(integer, integer) returns boolean
             language sql as $$ insert into evil.calls values ('>') returning true $$;
             create operator evil.> (function = evil.greater, leftarg = integer, rightarg = integer)
@@ -112,8 +114,8 @@ def test_the_one_that_has_the_callers_search_path_needs_none(database_url: str) 
         connection.execute("select pgchannels.publish('room', '{}')")
         connection.execute("listen pgchannels")
         connection.execute("set search_path = evil, pg_catalog")
-        row = connection.execute(f"call pgchannels.{COMMITTING}(10, 'pgchannels')").fetchone()
-        assert row == (1, 1)
+        row = connection.execute(f"call pgchannels.{COMMITTING}(10, 1000, 'pgchannels')").fetchone()
+        assert row == (1, 1, False)
         (notification,) = connection.notifies(timeout=30, stop_after=1)
         assert (notification.channel, notification.payload) == ("pgchannels", "1")
         assert connection.execute("select name from evil.calls").fetchall() == []

@@ -14,6 +14,7 @@ import asyncpg
 import pytest
 
 from tests.support.eventually import eventually
+from tests.support.partitions import make_small
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Record
@@ -40,6 +41,13 @@ async def seal(connection: Connection[Record], limit: int = 10_000) -> tuple[int
     row = await connection.fetchrow(SEAL, limit)
     assert row is not None
     return row["sealed"], row["head"]
+
+
+async def seal_some(connection: Connection[Record], limit: int, size: int) -> tuple[int, int, bool]:
+    """Seal one batch, bounded in messages and bytes; return also whether it stopped at one."""
+    row = await connection.fetchrow("select * from pgchannels.seal($1, $2)", limit, size)
+    assert row is not None
+    return row["sealed"], row["head"], row["stopped"]
 
 
 async def publish(connection: Connection[Record], *keys: str) -> None:
@@ -165,14 +173,17 @@ async def test_random_interleavings(connect: Connect, seed: int, limit: int) -> 
         for _ in range(250):
             await interleaving.step()
             if chance.random() < 0.3:
-                interleaving.steps.append(f"seal({limit})")
-                sealed, head = await seal(sealer, limit)
+                size = chance.choice([1, 40, 1 << 40])
+                interleaving.steps.append(f"seal({limit}, {size})")
+                sealed, head, stopped = await seal_some(sealer, limit, size)
                 log = await keys(sealer)
                 assert sealed <= limit
                 assert len(log) == head == len(seen) + sealed
                 assert log[: len(seen)] == seen, "what a reader may have seen has changed"
                 seen = log
-                if sealed < limit:
+                left = await sealer.fetchval("select count(*) from pgchannels.outbox")
+                assert stopped == (left > 0)
+                if not stopped:
                     check_log(log, interleaving.committed)
         await interleaving.end_all()
         while (await seal(sealer, limit))[0]:
@@ -183,6 +194,49 @@ async def test_random_interleavings(connect: Connect, seed: int, limit: int) -> 
     except AssertionError as error:
         error.add_note("\n".join(interleaving.steps))
         raise
+
+
+async def test_a_batch_says_whether_it_stopped_at_its_number(connect: Connect) -> None:
+    sealer = await connect()
+    await publish(sealer, *"abcd")
+    assert await seal_some(sealer, 3, 1 << 40) == (3, 3, True)
+    assert await seal_some(sealer, 1, 1 << 40) == (1, 4, False), "there was exactly one"
+    assert await seal_some(sealer, 1, 1 << 40) == (0, 4, False)
+
+
+async def test_a_batch_stops_at_its_bytes_and_holds_one_message_at_least(connect: Connect) -> None:
+    sealer = await connect()
+    insert = "insert into pgchannels.outbox (channel, payload, attachments) values ('a', $1, $2)"
+    size = (
+        "select sum(pg_column_size(payload) + pg_column_size(attachments)) from pgchannels.outbox"
+    )
+    for number in range(4):
+        # Which does not shrink when it is compressed.
+        noise = random.Random(number).randbytes(100_000)
+        await sealer.execute(insert, json.dumps({"key": str(number)}), [noise])
+    all_of_it = await sealer.fetchval(size)
+    assert all_of_it > 400_000
+    assert await seal_some(sealer, 100, 1) == (1, 1, True)
+    assert await seal_some(sealer, 100, all_of_it // 4 + 1) == (2, 3, True), "with the one across"
+    assert await seal_some(sealer, 100, 0) == (1, 4, False)
+    assert await keys(sealer) == list("0123")
+    # What is stored is what counts; compressed, this is a tenth of it.
+    for number in range(2):
+        await publish(sealer, str(number) * 100_000)
+    assert await seal_some(sealer, 100, 20_000) == (2, 6, False)
+
+
+async def test_a_batch_says_that_it_stopped_where_the_log_had_no_room(
+    connect: Connect, database_url: str
+) -> None:
+    make_small(database_url, 10)
+    sealer = await connect()
+    await publish(sealer, *"abcdefghijklmno")
+    first = await seal_some(sealer, 100, 1 << 40)
+    assert first == (10, 10, True), "a partition's end"
+    while (await seal_some(sealer, 100, 1 << 40))[2]:
+        pass
+    assert await keys(sealer) == list("abcdefghijklmno")
 
 
 @pytest.mark.parametrize("limit", [1, 2, 20])
@@ -343,11 +397,19 @@ async def test_two_at_once_take_turns(connect: Connect, first_one: str) -> None:
     assert await keys(one) == ["a", "b", "c"]
 
 
+FILL = """
+insert into pgchannels.outbox (channel, payload)
+select 'a', json_build_object('key', i) from generate_series(1, $1::integer) i
+"""
+
+
 async def seal_counting_buffers(sealer: Connection[Record], limit: int) -> int:
-    # What the statements inside of the function touch is in the function scan's own count.
-    plan = await sealer.fetchval(
-        f"explain (analyze, buffers, format json) select * from pgchannels.seal({limit})"
-    )
+    return await buffers(sealer, f"select * from pgchannels.seal({limit})")
+
+
+async def buffers(connection: Connection[Record], query: str) -> int:
+    # What the statements inside of a function touch is in its caller's own count.
+    plan = await connection.fetchval(f"explain (analyze, buffers, format json) {query}")
     usage = json.loads(plan)[0]["Plan"]
     return int(usage["Shared Hit Blocks"] + usage["Shared Read Blocks"])
 
@@ -400,3 +462,71 @@ async def test_a_backlog_is_drained_at_a_flat_cost(connect: Connect) -> None:
     late = [await seal_counting_buffers(sealer, 20) for _ in range(10)]
     assert max(late) < 1.5 * max(early[1:]), (early, late)
     await transaction.commit()
+
+
+async def test_a_long_transaction_leaves_no_rows_to_walk_over(connect: Connect) -> None:
+    """It is sealed in parts, long after what began after it."""
+    sealer, writer, old = await connect(), await connect(), await connect()
+    await old.execute("begin")
+    await publish(old, "old")
+    for _ in range(3):
+        await writer.execute(FILL, 10_000)
+        while (await seal(sealer, 9999))[0]:
+            pass
+    await publish(writer, *map(str, range(12)))
+    beside = [await seal_counting_buffers(sealer, 2) for _ in range(6)]
+    assert await seal(sealer) == (0, 30_012)
+    await publish(old, *map(str, range(50)))
+    await old.execute("commit")
+    after = [await seal_counting_buffers(sealer, 5) for _ in range(10)]
+    assert await seal(sealer) == (1, 30_063)
+    assert max(after) < max(beside) + 300, (beside, after)
+
+
+async def test_looking_for_stragglers_walks_over_nothing_twice(connect: Connect) -> None:
+    sealer, writer, old = await connect(), await connect(), await connect()
+    await old.execute("begin")
+    await publish(old, "old")
+    before = await buffers(sealer, "select pgchannels.requeue_stragglers()")
+    for _ in range(3):
+        await writer.execute(FILL, 10_000)
+        while (await seal(sealer, 9999))[0]:
+            pass
+    # Dead rows, which vacuum cannot take while the transaction is open.
+    beside = await buffers(sealer, "select pgchannels.requeue_stragglers()")
+    assert beside < before + 100
+    await old.execute("commit")
+    assert (await seal(sealer))[0] == 1
+    through = await sealer.fetchval(
+        "select pg_snapshot_xmin(snapshot)::text from pgchannels.batches order by last_id desc"
+    )
+    # Nor those that were there the last time.
+    again = await buffers(sealer, f"select pgchannels.requeue_stragglers('{through}')")
+    assert again < before + 100
+
+
+@pytest.mark.parametrize("late", [0, 15])
+async def test_a_batch_costs_the_same_however_much_waits(connect: Connect, late: int) -> None:
+    """Also when the oldest transactions have published last."""
+    sealer, writer = await connect(), await connect()
+    early = [await connect() for _ in range(late)]
+    for connection in early:
+        await connection.execute("begin; select pg_current_xact_id()")
+
+    async def wait(transactions: int) -> None:
+        await writer.execute(
+            f"do $$ begin for i in 1..{transactions} loop"
+            " insert into pgchannels.outbox (channel, payload)"
+            " select 'a', '{}' from generate_series(1, 10); commit; end loop; end $$"
+        )
+
+    await wait(1500)
+    for connection in early:
+        await publish(connection, *map(str, range(10)))
+        await connection.execute("commit")
+    some = [await seal_counting_buffers(sealer, 10) for _ in range(5)]
+    await wait(6000)
+    many = [await seal_counting_buffers(sealer, 10) for _ in range(5)]
+    assert max(many) < 1.5 * max(some), (some, many)
+    # A few index probes for each of the transactions that are looked at, not all of their rows.
+    assert max(many) < 30_000
