@@ -125,7 +125,11 @@ class ChannelLayer(ABC):
 
     @abstractmethod
     async def open(self) -> None:
-        """Begin. Opening an open layer does nothing."""
+        """Begin. Opening an open layer does nothing.
+
+        Raises:
+            ConfigurationError: it is open in another event loop.
+        """
 
     @abstractmethod
     async def close(self) -> None:

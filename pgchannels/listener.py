@@ -85,7 +85,9 @@ class Listener:
                 await asyncio.sleep(delay)
 
     async def _listen(self) -> None:
-        connection = await connect(self._settings.listen_dsn, role="listener")
+        connection = await connect(
+            self._settings.listen_dsn, role="listener", timeout=self._settings.connect_timeout
+        )
         try:
             self._lost.clear()
             connection.add_termination_listener(lambda _: self._lost.set())

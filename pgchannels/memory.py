@@ -8,6 +8,7 @@ quicker than the contract: what has been sent can be read at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,7 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from pgchannels.channels import check_channel, new_name
-from pgchannels.errors import ChannelLayerClosed, ConfigurationError, InvalidChannel
+from pgchannels.errors import ChannelLayerClosed, InvalidChannel
 from pgchannels.follower import Follower
 from pgchannels.layer import (
     ChannelLayer,
@@ -45,8 +46,11 @@ from pgchannels.records import (
 )
 from pgchannels.settings import Settings
 from pgchannels.stream import Source, Stream, Subscriber, offer_to
+from pgchannels.waiting import belongs_here
 
 __all__ = ["MemoryLayer", "MemoryLog"]
+
+logger = logging.getLogger("pgchannels.layer")
 
 # Seconds between two looks at a departure that should be due, and by the clock is not yet.
 _MIN_DELAY = 0.01
@@ -75,14 +79,24 @@ class MemoryLayer(ChannelLayer):
         self._node: _Node | None = None
 
     async def open(self) -> None:
+        self._check_loop()
         if self._node is None:
             self._node = _Node(self.log, self.settings)
 
     async def close(self) -> None:
+        self._check_loop()
         self._entered = 0
         node, self._node = self._node, None
         if node is not None:
             node.close()
+
+    def _check_loop(self) -> None:
+        """Refuse another loop's node, and forget one whose loop has ended."""
+        if self._node is not None and not belongs_here(self._node.loop):
+            logger.warning("the layer was left open in an event loop that has ended")
+            self._node.abandon()
+            self._node = None
+            self._entered = 0
 
     def kill(self) -> None:
         """Be gone as a killed process is: at once, and without a word to anyone.
@@ -311,10 +325,8 @@ class MemoryLayer(ChannelLayer):
     def _opened(self) -> _Node:
         if self._node is None:
             raise ChannelLayerClosed("the channel layer is not open: use 'async with layer:'")
-        if self._node.loop is not asyncio.get_running_loop():
-            raise ConfigurationError(
-                "this layer was opened in another event loop; each loop needs a layer of its own"
-            )
+        if not belongs_here(self._node.loop):
+            raise ChannelLayerClosed("the channel layer is not open: use 'async with layer:'")
         return self._node
 
 
@@ -349,6 +361,11 @@ class _Node:
                 self._log.release(name)
         self._stop_timer()
         del self._log.nodes[self.id]
+
+    def abandon(self) -> None:
+        """Leave the log as a killed process does; nothing that waited is there any more."""
+        self._dead = self._closed = True
+        self._log.died(self.id, timedelta(seconds=self._settings.lease_time))
 
     def kill(self) -> None:
         self._dead = True

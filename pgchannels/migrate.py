@@ -187,7 +187,9 @@ def run_in_transaction(settings: Settings, function: Callable[[Connection], T]) 
         engine = create_async_engine(
             "postgresql+asyncpg://",
             # Our own connections take any libpq URL; SQLAlchemy's URLs have rules of their own.
-            async_creator=lambda: connect(settings.listen_dsn, role="migrate"),
+            async_creator=lambda: connect(
+                settings.listen_dsn, role="migrate", timeout=settings.connect_timeout
+            ),
             poolclass=NullPool,
         )
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Mapping
 from datetime import datetime, timedelta
 from functools import partial
@@ -12,7 +13,7 @@ import orjson
 
 from pgchannels.channels import check_channel
 from pgchannels.control import COMMAND_LIFETIME
-from pgchannels.errors import ChannelLayerClosed, ConfigurationError
+from pgchannels.errors import ChannelLayerClosed
 from pgchannels.follower import Follower
 from pgchannels.layer import (
     ChannelLayer,
@@ -39,8 +40,11 @@ from pgchannels.records import (
 )
 from pgchannels.settings import Settings
 from pgchannels.stream import Source, Stream
+from pgchannels.waiting import LoopLock, belongs_here
 
 __all__ = ["PostgresLayer"]
+
+logger = logging.getLogger("pgchannels.layer")
 
 _NOT_OPEN = (
     "the channel layer is not open: use 'async with layer:', or FastAPI(lifespan=lifespan(layer))"
@@ -71,17 +75,21 @@ class PostgresLayer(ChannelLayer):
             settings = Settings(database_url=settings)
         super().__init__(settings, serializer=serializer)
         self._node: Node | None = None
-        self._changing = asyncio.Lock()
+        self._changing = LoopLock()
         self._stopping: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Connect and start the node's tasks. Opening an open layer does nothing.
 
+        One that was left open in an event loop that has ended is opened again.
+
         Raises:
             SchemaError: the database has not been migrated, or by a newer version.
             DatabaseUnavailable: the server cannot be reached.
+            ConfigurationError: it is open in another event loop.
         """
-        async with self._changing:
+        async with self._changing.here():
+            self._check_loop()
             await self._stopped()
             if self._node is None:
                 node = Node(self.settings, self.serializer)
@@ -93,13 +101,27 @@ class PostgresLayer(ChannelLayer):
 
         Takes a few seconds at most, also while the database is away. Cancelled, it goes on by
         itself, and the next call waits for it.
+
+        Raises:
+            ConfigurationError: it is open in another event loop, which has to close it.
         """
-        self._entered = 0
-        async with self._changing:
+        async with self._changing.here():
+            self._check_loop()
+            self._entered = 0
             node, self._node = self._node, None
             if node is not None:
                 self._stopping = asyncio.create_task(node.stop(), name="pgchannels close")
             await self._stopped()
+
+    def _check_loop(self) -> None:
+        """Refuse another loop's node, and forget one whose loop has ended."""
+        if self._stopping is not None and self._stopping.get_loop().is_closed():
+            self._stopping = None
+        if self._node is not None and not belongs_here(self._node.loop):
+            # Its connections are closed by being collected: nothing can be sent on them.
+            logger.warning("the layer was left open in an event loop that has ended")
+            self._node = None
+            self._entered = 0
 
     async def _stopped(self) -> None:
         stopping = self._stopping
@@ -342,8 +364,6 @@ class PostgresLayer(ChannelLayer):
     def _opened(self) -> Node:
         if self._node is None:
             raise ChannelLayerClosed(_NOT_OPEN)
-        if self._node.loop is not asyncio.get_running_loop():
-            raise ConfigurationError(
-                "this layer was opened in another event loop; each loop needs a layer of its own"
-            )
+        if not belongs_here(self._node.loop):
+            raise ChannelLayerClosed(_NOT_OPEN)
         return self._node

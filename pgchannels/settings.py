@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, SecretStr, ValidationError, field_valid
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from pgchannels.errors import ConfigurationError
+from pgchannels.urls import driver_url
 
 __all__ = ["DEFAULT_ALIAS", "ENV_FILE", "Settings", "did_you_mean", "env_prefix", "shown_value"]
 
@@ -20,8 +21,10 @@ ENV_FILE = ".env"
 
 _PREFIX = "PGCHANNELS_"
 _ALIAS = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
-_DRIVER = re.compile(r"^(?:postgresql|postgres)(?:\+\w+)?://")
 _SCHEME = re.compile(r"[a-zA-Z][\w+.-]*://")
+
+# Seconds to be connected in, where the URL does not say.
+_CONNECT_TIME = 10.0
 
 _CENTURY = timedelta(days=36525)
 
@@ -64,7 +67,8 @@ class Settings(BaseSettings):
     )
 
     database_url: SecretStr | None = None
-    """``postgresql://…``, as libpq takes it; a SQLAlchemy driver suffix is taken off."""
+    """``postgresql://…``, as libpq or SQLAlchemy takes it. A parameter that the driver cannot keep
+    is refused by name."""
 
     listen_url: SecretStr | None = None
     """The server itself, if ``database_url`` leads through a pooler that shares sessions: for what
@@ -169,13 +173,11 @@ class Settings(BaseSettings):
 
     @field_validator("database_url", "listen_url", mode="before")
     @classmethod
-    def _without_driver(cls, value: object) -> object:
+    def _readable(cls, value: object) -> object:
         url = value.get_secret_value() if isinstance(value, SecretStr) else value
-        if not isinstance(url, str):
-            return value
-        if not _DRIVER.match(url):
-            raise ValueError("expected a URL such as postgresql://user:password@host/database")
-        return _DRIVER.sub("postgresql://", url, count=1)
+        if isinstance(url, str):
+            driver_url(url)  # raises what is wrong with it
+        return value
 
     @field_validator("retention", "key_lifetime", mode="before")
     @classmethod
@@ -228,7 +230,7 @@ class Settings(BaseSettings):
 
     @property
     def dsn(self) -> str:
-        """The database's URL, password and all.
+        """The database's URL as asyncpg takes it, password and all.
 
         Raises:
             ConfigurationError: if none was given.
@@ -237,12 +239,22 @@ class Settings(BaseSettings):
             raise ConfigurationError(
                 f"no database: set {self._prefix}DATABASE_URL, or give a postgresql:// URL"
             )
-        return self.database_url.get_secret_value()
+        return driver_url(self.database_url.get_secret_value()).dsn
 
     @property
     def listen_dsn(self) -> str:
         """The URL for connections that must keep their session."""
-        return self.listen_url.get_secret_value() if self.listen_url else self.dsn
+        return driver_url(self.listen_url.get_secret_value()).dsn if self.listen_url else self.dsn
+
+    @property
+    def connect_timeout(self) -> float:
+        """Seconds to be connected in: ``connect_timeout`` of the URLs, the shorter one; or 10."""
+        given = [
+            seconds
+            for url in (self.database_url, self.listen_url)
+            if url and (seconds := driver_url(url.get_secret_value()).connect_timeout) is not None
+        ]
+        return min(given, default=_CONNECT_TIME)
 
     @property
     def is_pooled(self) -> bool:

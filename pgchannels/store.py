@@ -293,6 +293,9 @@ class Store(Queries):
     def __init__(self, settings: Settings, serializer: Serializer = DEFAULT) -> None:
         super().__init__(settings, serializer)
         self._pool: Pool | None = None
+        # Pages can take long, and any number of clients ask for them. They leave two connections to
+        # those who publish and those who come in.
+        self._readers = asyncio.Semaphore(max(1, settings.pool_size - 2))
         self.is_maintainer = False
         """Whether we may act as the schema's owner, and so drop partitions. Known when open."""
 
@@ -307,6 +310,7 @@ class Store(Queries):
         pool = create_pool(
             self._settings.dsn,
             size=self._settings.pool_size,
+            connect_timeout=self._settings.connect_timeout,
             command_timeout=self._settings.command_timeout,
             pooled=self._settings.is_pooled,
         )
@@ -317,6 +321,12 @@ class Store(Queries):
         except BaseException:
             await self.close()
             raise
+
+    async def _read(
+        self, query: str, *arguments: Any, limit: int, size: int, seen: Seen = NOTHING_SEEN
+    ) -> LogPage:
+        async with self._readers:
+            return await super()._read(query, *arguments, limit=limit, size=size, seen=seen)
 
     async def close(self) -> None:
         """Close the pool; what is still under way after a moment is cut off."""
@@ -407,8 +417,10 @@ class Store(Queries):
             # Released once in any case: who cancels again while it is must find it under way.
             try:
                 rows: list[Record] = await connection.fetch(sql, *arguments)
-            except asyncio.CancelledError:
-                # A server that has gone silent would hold up who cancels for the command timeout.
+            except (asyncio.CancelledError, TimeoutError):
+                # asyncpg asks the server to cancel the statement. Terminating the connection at
+                # once would stop it from asking, and the statement would go on; a server that has
+                # gone silent must not hold us up.
                 with suppress(TimeoutError, OSError, asyncpg.InterfaceError, asyncpg.PostgresError):
                     await pool.release(connection, timeout=_CANCELLING_TIME)
                 raise
@@ -474,8 +486,8 @@ class Session(Queries):
             connection = await self._connected()
             try:
                 await connection.execute(sql, timeout=self._settings.command_timeout)
-            except UNAVAILABLE:
-                connection.terminate()
+            except UNAVAILABLE as error:
+                await _part_with(connection, error)
                 raise
 
     async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Record]:
@@ -485,8 +497,8 @@ class Session(Queries):
                 rows: list[Record] = await connection.fetch(
                     sql, *arguments, timeout=self._settings.command_timeout
                 )
-            except UNAVAILABLE:
-                connection.terminate()
+            except UNAVAILABLE as error:
+                await _part_with(connection, error)
                 raise
         return rows
 
@@ -495,5 +507,20 @@ class Session(Queries):
             settings = self._settings
             dsn = self._dsn or settings.listen_dsn
             pooled = settings.is_pooled and dsn == settings.dsn
-            self._connection = await connect(dsn, role=self._role, pooled=pooled)
+            self._connection = await connect(
+                dsn,
+                role=self._role,
+                timeout=settings.connect_timeout,
+                statement_time=settings.command_timeout,
+                pooled=pooled,
+            )
         return self._connection
+
+
+async def _part_with(connection: Connection, error: BaseException) -> None:
+    """Close a connection on which a statement has failed by *error*."""
+    if isinstance(error, TimeoutError):
+        # It waits until the server has been asked to cancel the statement.
+        with suppress(TimeoutError, OSError, asyncpg.InterfaceError, asyncpg.PostgresError):
+            await connection.close(timeout=_CANCELLING_TIME)
+    connection.terminate()

@@ -17,7 +17,6 @@ import asyncio
 import atexit
 import logging
 import os
-import re
 import selectors
 import socket
 import sys
@@ -25,7 +24,6 @@ import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from pgchannels.backoff import Backoff
 from pgchannels.connections import connect, driver_errors
@@ -36,6 +34,7 @@ from pgchannels.errors import (
     PGChannelsError,
 )
 from pgchannels.sql import load_queries
+from pgchannels.urls import driver_url
 from pgchannels.waiting import set_within
 
 if TYPE_CHECKING:
@@ -55,33 +54,6 @@ _PATIENCE = 5.0
 _EXIT_TIME = 1.0
 # … to wait after having been refused. A password does not get better by trying.
 _AFTER_REFUSAL = 60.0
-
-# What a URL for SQLAlchemy may say that concerns this connection too.
-_PARAMETERS = frozenset(
-    {
-        "host",
-        "port",
-        "user",
-        "password",
-        "dbname",
-        "database",
-        "passfile",
-        "service",
-        "sslmode",
-        "sslcert",
-        "sslkey",
-        "sslrootcert",
-        "sslcrl",
-        "sslpassword",
-        "sslnegotiation",
-        "ssl_min_protocol_version",
-        "ssl_max_protocol_version",
-        "target_session_attrs",
-        "krbsrvname",
-        "gsslib",
-        "options",
-    }
-)
 
 _wakers: dict[tuple[str, str], Waker] = {}
 
@@ -358,18 +330,13 @@ def _selector() -> selectors.BaseSelector:
 
 def _for_driver(url: str) -> str:
     """A URL of SQLAlchemy's as our driver reads it: without what is for another one."""
-    parts = urlsplit(re.sub(r"^postgres(?:ql)?(?:\+\w+)?://", "postgresql://", url))
-    parameters = [
-        ("sslmode" if name == "ssl" else name, value)
-        for name, value in parse_qsl(parts.query)
-        if name in _PARAMETERS or name == "ssl"
-    ]
-    if not (parts.netloc or parts.path.strip("/") or parameters):
+    dsn = driver_url(url, strict=False).dsn
+    if dsn.strip("/") == "postgresql:":
         # An engine that connects by creator=. What libpq takes by default is somewhere else.
         raise ConfigurationError(
             "the engine's URL has no address: set database_url (PGCHANNELS_DATABASE_URL)"
         )
-    return parts._replace(query=urlencode(parameters, quote_via=quote)).geturl()
+    return dsn
 
 
 def close_wakers(timeout: float = _EXIT_TIME) -> None:

@@ -13,6 +13,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from pgchannels.errors import ChannelLayerClosed, ConfigurationError, PGChannelsError
+from pgchannels.waiting import LoopLock
 
 if TYPE_CHECKING:
     from pgchannels.web.connections import ConnectionManager
@@ -62,7 +63,7 @@ class Health:
         self._timeout = timeout
         self._clock = clock
         self._deaf_since: float | None = None
-        self._asking = asyncio.Lock()
+        self._asking = LoopLock()
         self._asked_at: float | None = None
         self._answer: str | None = None
 
@@ -90,7 +91,7 @@ class Health:
 
     async def _layer_problem(self) -> str | None:
         # One asks, and the others who came meanwhile share the answer.
-        async with self._asking:
+        async with self._asking.here():
             now = self._clock()
             if self._asked_at is None or now - self._asked_at >= _FRESH:
                 self._answer = await self._ask()

@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request, Response
 
 from pgchannels.errors import PGChannelsError
 from pgchannels.extras import needs_extra
+from pgchannels.waiting import LoopLock
 from pgchannels.web.codes import OURS
 from pgchannels.web.health import is_listening
 from pgchannels.web.status import check_guarded
@@ -94,7 +95,7 @@ class FollowersCollector(Collector):
     def __init__(self, layer: "ChannelLayer", *, timeout: float = 5.0) -> None:
         self._layer = layer
         self._timeout = timeout
-        self._updating = asyncio.Lock()
+        self._updating = LoopLock()
         self._updated_at: float | None = None
         self._statuses: Sequence[FollowerStatus] = ()
 
@@ -103,7 +104,7 @@ class FollowersCollector(Collector):
 
         If it does not answer, there is nothing to collect until it does.
         """
-        async with self._updating:
+        async with self._updating.here():
             if self._updated_at is not None and monotonic() - self._updated_at < _FRESH:
                 return
             try:

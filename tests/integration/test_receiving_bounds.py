@@ -72,7 +72,7 @@ class Claimant:
 
 @pytest.fixture
 async def claimant(database_url: str) -> AsyncIterator[Claimant]:
-    connection = await connect(database_url, role="test")
+    connection = await connect(database_url, role="test", timeout=10)
     try:
         yield Claimant(connection)
     finally:

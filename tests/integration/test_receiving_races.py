@@ -89,7 +89,7 @@ Sessions: TypeAlias = tuple[Session, Session, Session]
 @pytest.fixture
 async def sessions(database_url: str) -> AsyncIterator[Sessions]:
     """Three connections: one to hold something up, one that is held up, and one that looks on."""
-    connections = [await connect(database_url, role=f"test {n}") for n in range(3)]
+    connections = [await connect(database_url, role=f"test {n}", timeout=10) for n in range(3)]
     try:
         one, other, watcher = map(Session, connections)
         yield one, other, watcher

@@ -416,19 +416,33 @@ class TestRotation:
         assert [type(task.result()) for task in tasks] == [Identity] * 10
         assert server.fetched == 1
 
-    async def test_one_that_gives_up_leaves_it_to_the_next(self) -> None:
+    async def test_one_that_gives_up_neither_stops_the_fetch_nor_begins_another(self) -> None:
         server = Server(jwk(ec_key(0), "a"))
         server.gate = asyncio.Event()
         verify = server.verify()
-        first = asyncio.create_task(verify(signed(0, "a")))
-        await server.asked.wait()
-        second = asyncio.create_task(verify(signed(0, "a")))
+        for _ in range(5):
+            task = asyncio.create_task(verify(signed(1, "unknown")))
+            await server.asked.wait()
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        last = asyncio.create_task(verify(signed(0, "a")))
         await asyncio.sleep(0)
-        first.cancel()
         server.gate.set()
-        assert (await second).user_id == HIDDEN[0]
-        with pytest.raises(asyncio.CancelledError):
-            await first
+        assert (await last).user_id == HIDDEN[0]
+        assert server.fetched == 1
+
+    def test_keys_are_fetched_in_any_event_loop(self) -> None:
+        server = Server(jwk(ec_key(0), "a"))
+        verify = server.verify(max_age=0.0)
+
+        async def at_the_same_time() -> None:
+            await asyncio.gather(*(verify(signed(0, "a")) for _ in range(3)))
+
+        for _ in range(2):
+            asyncio.run(at_the_same_time())
+            server.now += 100
 
     @pytest.mark.parametrize(
         "document", [None, [], {}, {"keys": None}, {"keys": []}, {"keys": [{"kty": "EC"}]}]

@@ -108,16 +108,6 @@ class TestAlone:
         async with layer:
             assert await numbers(layer) == [1]
 
-    def test_another_event_loop(self) -> None:
-        layer = MemoryLayer()
-        asyncio.run(layer.open())
-
-        async def send() -> None:
-            await layer.send("room", {})
-
-        with pytest.raises(ConfigurationError, match="event loop"):
-            asyncio.run(send())
-
     async def test_a_serializer_of_ones_own(self) -> None:
         class Shouting:
             def dumps(self, payload: Any) -> str:

@@ -269,7 +269,7 @@ class FetchedKeys:
         self._max_age = max_age
         self._timeout = timeout
         self._clock = clock
-        self._lock = asyncio.Lock()
+        self._fetching: asyncio.Task[None] | None = None
         self._keys: dict[str | None, Sequence[Key]] = {}
         self._fetched_at = -float("inf")
         self._attempted_at = -float("inf")
@@ -277,18 +277,30 @@ class FetchedKeys:
 
     async def find(self, key_id: str | None, algorithm: str) -> Key:
         key = find_key(self._keys, key_id, algorithm)
-        # Who only wants a newer set does not wait behind another one who gets it.
-        if key is None or (self._is_old() and not self._lock.locked()):
-            async with self._lock:
-                key = find_key(self._keys, key_id, algorithm)
-                if (key is None or self._is_old()) and self._may_fetch():
-                    await self._refresh()
-                    key = find_key(self._keys, key_id, algorithm)
+        fetching = self._under_way()
+        if fetching is None and (key is None or self._is_old()) and self._may_fetch():
+            fetching = self._fetching = asyncio.create_task(
+                self._refresh(), name="pgchannels fetch keys"
+            )
+        elif key is not None:
+            fetching = None  # it wants a newer set only, and does not wait for who gets it
+        if fetching is not None:
+            # Shared and shielded: a client that gives up must neither stop the fetch nor begin
+            # another one, and so set aside how often we may fetch.
+            await asyncio.shield(fetching)
+            key = find_key(self._keys, key_id, algorithm)
         if key is not None:
             return key
         if self._failed:
             raise KeysUnavailable
         raise invalid_token()
+
+    def _under_way(self) -> asyncio.Task[None] | None:
+        """The fetch that is under way in this event loop."""
+        task = self._fetching
+        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
+            return None
+        return task
 
     def _is_old(self) -> bool:
         return self._clock() - self._fetched_at >= self._max_age
@@ -298,16 +310,11 @@ class FetchedKeys:
         return self._clock() - self._attempted_at >= pause
 
     async def _refresh(self) -> None:
-        before = self._attempted_at
         self._attempted_at = self._clock()
         try:
             async with asyncio.timeout(self._timeout):
                 document = await self._fetch()
             self._keys = parse_jwks(document, self._algorithms)
-        except asyncio.CancelledError:
-            # Who waited for it has gone; whoever is next has waited, too, and may try.
-            self._attempted_at = before
-            raise
         except Exception:
             self._failed = True
             logger.warning("the keys that tokens are signed by could not be fetched", exc_info=True)
