@@ -51,7 +51,7 @@ connections = ConnectionManager(
     limits=Limits(per_user=10, total=10_000, group_members=1000, groups=40),
     # By messages, so that the page, too, finds out that nobody is there any more.
     heartbeat=Heartbeat(interval=15, timeout=40, by="json"),
-    origins=Origins(),  # no other site's pages
+    origins=Origins(),  # pages of this host only, which is also the default
     middleware=Validation(max_bytes=MAX_FRAME, max_depth=4)
     >> RateLimit(TokenBucket(rate=5, burst=40), by="user"),
 )

@@ -525,7 +525,7 @@ class Connection(Reader):
         connections.check_admissible(self.websocket)
         if identity is None and connections.authentication is not None:
             identity = await connections.authentication.handshake(
-                self.websocket, origin_checked=connections.origins is not None
+                self.websocket, origin_checked=True
             )
             if identity is None:
                 # The token comes with the first message. Before that, nothing is kept for it.

@@ -111,7 +111,8 @@ class ConnectionManager:
         max_frame_size: bytes; what is longer is answered by ``frame_too_large``, unread. A little
             more than ``max_message_size`` if None. The server has a limit of its own, see
             :meth:`server_options`.
-        origins: from which sites browsers may connect. With cookies, the server's own by default.
+        origins: from which sites' pages browsers may connect; if None, those of *authentication*,
+            or else only the server's own. ``Origins("*")`` is for all sites.
         authentication: who connects; without, that is the endpoint's to find out.
         authorize: what they may do with which channel; without, that is the endpoint's to say.
         middleware: what frames and messages pass through.
@@ -160,7 +161,7 @@ class ConnectionManager:
         self.overflow = Overflow.parse(overflow)
         self.send_timeout = send_timeout
         self.max_frame_size = max_frame_size
-        self.origins = origins
+        self.origins = _origins(origins, authentication)
         self.authentication = authentication
         self.authorize = authorize
         self.middleware = None if middleware is None else Chain(middleware)
@@ -407,8 +408,7 @@ class ConnectionManager:
         """
         if self.is_draining:
             raise Draining
-        if self.origins is not None:
-            self.origins.check(websocket)
+        self.origins.check(websocket)
 
     async def check_not_revoked(self, identity: Identity) -> None:
         """Ask whether the token is still worth something.
@@ -550,6 +550,13 @@ def _check_number(name: str, given: object, kind: type | tuple[type, ...]) -> No
         return
     if not isinstance(given, kind) or isinstance(given, bool) or not given > 0:  # type: ignore[operator]
         raise ConfigurationError(f"{name} must be a positive number, not {given!r}")
+
+
+def _origins(given: Origins | None, authentication: Authentication | None) -> Origins:
+    # An application may read cookies of its own, of which nothing is known here.
+    if given is not None:
+        return given
+    return Origins() if authentication is None else authentication.origins
 
 
 def _has_cookies(authentication: Authentication | None) -> bool:

@@ -1,12 +1,13 @@
 """From which sites a browser may open a socket.
 
-A browser lets any page open a socket to anywhere, and sends the cookies of that server with it;
-what it tells truthfully is the page's origin (RFC 6455, section 10.2). Whatever is no browser can
-send any origin, or none: it is not protected by this, and has no cookies of somebody else's either.
+A browser lets any page open a socket to any server, and sends the cookies of that server with it.
+The page's origin is the one thing that it reports truthfully (RFC 6455, section 10.2). Other
+clients can send any origin, or none; they have no cookies of another person either.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from ipaddress import AddressValueError, IPv6Address
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Origins"]
 
+logger = logging.getLogger("pgchannels.web")
+
 _SCHEME = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)"
 _HOST = r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)"
 _PORT = r"(?::(?P<port>[0-9]{1,5}))?"
 _ORIGIN = re.compile(f"{_SCHEME}://{_HOST}{_PORT}")
 _AUTHORITY = re.compile(_HOST + _PORT)
 MAX_ORIGIN_LENGTH = 400
+# Different refusals that the log warns of. Strangers can invent as many as they like.
+MAX_WARNINGS = 100
 
 _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
@@ -58,13 +63,17 @@ class _Origin(NamedTuple):
 
 
 class Origins:
-    """The origins that may connect; calls nothing, waits for nothing.
+    """The origins that may connect; without arguments, only the server's own.
+
+    The server's own is the header ``Host``, as it arrives here, so a proxy must pass it on. Headers
+    such as ``X-Forwarded-Host`` are not read. The log names both origins of a refusal.
 
     Args:
         allowed: ``"https://shop.example"``, with a port if it is not the scheme's own. Compared as
             a whole, scheme and port too; case does not matter. ``"https://*.shop.example"`` is for
             any subdomain, at any depth, not for shop.example itself. ``"*"`` is for all.
-        same_origin: the request's own host may connect, too: the page was served from here.
+        same_origin: pages of the request's own host and port may connect, too. Where the server
+            knows that the request is encrypted, only those of ``https``.
         required: refuse clients that send no origin, which are not browsers.
 
     Raises:
@@ -77,6 +86,7 @@ class Origins:
         self.required = required
         self._exact: set[_Origin] = set()
         self._below: set[_Origin] = set()
+        self._warned: set[tuple[str, str]] = set()
         for text in allowed:
             if text != "*":
                 self._add(text)
@@ -96,7 +106,7 @@ class Origins:
         (self._below if wildcard else self._exact).add(origin)
 
     def check(self, connection: HTTPConnection) -> None:
-        """Let the request pass, or not.
+        """Let the request pass, or refuse it, and say in the log how to allow it.
 
         Raises:
             ConnectionRefused: with the code ``"origin"``.
@@ -108,7 +118,27 @@ class Origins:
             return
         origin = _Origin.parse(given[0]) if len(given) == 1 else None
         if origin is None or not self._allows(origin, connection):
-            raise ConnectionRefused("this origin is not allowed", code="origin")
+            self._report(given, connection)
+            # The Host may be a proxy's name for this server, which is not for clients to know.
+            raise ConnectionRefused("pages of this origin may not connect", code="origin")
+
+    def _report(self, given: list[str], connection: HTTPConnection) -> None:
+        theirs = ", ".join(given)[:MAX_ORIGIN_LENGTH] or "no origin"
+        host = ", ".join(connection.headers.getlist("host"))[:MAX_ORIGIN_LENGTH] or "no host"
+        encrypted = connection.scope.get("scheme") in ("wss", "https")
+        own = f"{'https' if encrypted else 'http'}://{host}"
+        # Once each: a page that is refused tries again and again.
+        is_news = (theirs, own) not in self._warned and len(self._warned) < MAX_WARNINGS
+        if is_news:
+            self._warned.add((theirs, own))
+        logger.log(
+            logging.WARNING if is_news else logging.DEBUG,
+            "a page of %r may not connect: this server was asked for as %r. If the page is yours, "
+            "allow it: origins=Origins('https://…'); or if a proxy has changed the name, let it "
+            "pass the header Host on",
+            theirs,
+            own,
+        )
 
     def _allows(self, origin: _Origin, connection: HTTPConnection) -> bool:
         if origin in self._exact:
@@ -126,7 +156,8 @@ def _is_same(origin: _Origin, connection: HTTPConnection) -> bool:
     hosts = connection.headers.getlist("host")
     if len(hosts) != 1 or origin.scheme not in ("http", "https"):
         return False
-    # A proxy may have taken the encryption off; that none was there to begin with is worse.
+    # Without encryption here, a proxy may have taken it off: both schemes are possible. With it, a
+    # page without it may have been changed on its way.
     if connection.scope.get("scheme") in ("wss", "https") and origin.scheme != "https":
         return False
     return origin.is_at(hosts[0])
