@@ -330,10 +330,8 @@ class Members:
         grace = timedelta(seconds=self._settings.presence_grace)
         # Seldom at all: behind a held snapshot, what was removed before is walked over each time.
         within = _RECENT if self._rounds % _ROUNDS else None
-        rounds, self._rounds = (
-            self._rounds,
-            0,
-        )  # at all again if this fails: it may be long ago then
+        # And at all again when this has failed, for however long.
+        rounds, self._rounds = self._rounds, 0
         (row,) = await self._store.fetch("settle_departures", grace, _AT_A_TIME, within)
         if row[0]:
             self._wake_sequencer()

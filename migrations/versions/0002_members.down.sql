@@ -5,6 +5,8 @@ drop function pgchannels.settle_departures(interval, integer, interval);
 drop function pgchannels.remove_channels(text[], interval, uuid);
 drop function pgchannels.change_memberships(text[], text[], boolean[], text[], interval, uuid);
 drop function pgchannels.publish_left(json);
+drop function pgchannels.add_present(text, bigint);
+drop table pgchannels.present;
 drop function pgchannels.lock_presence(text[]);
 drop function pgchannels.hand_back(text[], bigint[], uuid, bigint);
 drop function pgchannels.claim(text[], integer[], integer[], uuid, bigint, bigint, bigint);

@@ -478,6 +478,52 @@ begin
 end
 $$;
 
+-- How many are present in a group that has any, as change_memberships() counts them: changed in the
+-- transaction that changes the memberships, with the lock of lock_presence() held. A count over the
+-- memberships would walk over all that have left, while a snapshot is held that could see them. For
+-- the same reason the row moves in the index after 200 changes in place: a look at the newest version,
+-- from the end, passes by no more than those.
+create table pgchannels.present (
+    group_name text not null,
+    version integer not null default 0,
+    count integer not null,
+    changes smallint not null default 0,
+    constraint present_pkey primary key (group_name, version)
+) with (fillfactor = 50);
+
+comment on table pgchannels.present is 'how many are present in each group; one row a group';
+
+-- Add to the number of those who are present in a group, and return it. The memberships have been
+-- changed, and the lock is held.
+create function pgchannels.add_present(of_group text, number bigint) returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    now_present integer;
+    row_version integer;
+begin
+    update pgchannels.present p
+       set count = p.count + number,
+           version = p.version + case when p.changes = 200 then 1 else 0 end,
+           changes = case when p.changes = 200 then 0 else p.changes + 1 end
+     where p.group_name = of_group
+       and p.version >= (select v.version from pgchannels.present v
+                          where v.group_name = of_group order by v.version desc limit 1)
+    returning p.count, p.version into now_present, row_version;
+    if not found then
+        select count(distinct m.identity) into now_present from pgchannels.memberships m
+         where m.group_name = of_group and m.identity is not null;
+        if now_present > 0 then
+            insert into pgchannels.present (group_name, count) values (of_group, now_present);
+        end if;
+    elsif now_present <= 0 then
+        delete from pgchannels.present p where p.group_name = of_group and p.version = row_version;
+    end if;
+    return now_present;
+end
+$$;
+
 -- Publish that members have left, those of whom nothing remains in the group. The lock is held.
 -- Metadata is text in "departed": as json in it, an escape such as \u0000 in a name, which json may
 -- hold and text may not, could not be read here, and whoever has that name could never leave.
@@ -492,15 +538,14 @@ begin
         select distinct on (d.group_name, d.identity) d.*
           from json_to_recordset(departed)
                as d(group_name text, channel text, identity text, presence text, user_id text, metadata text)
-         where d.identity is not null
-           and not exists (select from pgchannels.memberships m
-                            where m.group_name = d.group_name and m.identity = d.identity)
+          -- One probe each: "not exists" may be planned as a walk over all memberships.
+          left join lateral (select true as remains from pgchannels.memberships m
+                              where m.group_name = d.group_name and m.identity = d.identity limit 1) m on true
+         where d.identity is not null and m.remains is null
          order by d.group_name, d.identity
     ), present as materialized (
-        select g.group_name, count(distinct m.identity) as count
-          from (select distinct o.group_name from gone o) g
-          left join pgchannels.memberships m on m.group_name = g.group_name and m.identity is not null
-         group by g.group_name
+        select g.group_name, pgchannels.add_present(g.group_name, -g.count) as count
+          from (select o.group_name, count(*) as count from gone o group by o.group_name) g
     )
     insert into pgchannels.outbox (channel, payload)
     select 'presence:' || g.group_name,
@@ -590,15 +635,13 @@ begin
             -- The snapshot is from before the insert: whom it does not show has arrived.
             select distinct on (j.group_name, j.identity) j.*
               from joined j
-             where j.identity is not null
-               and not exists (select from pgchannels.memberships m
-                                where m.group_name = j.group_name and m.identity = j.identity)
+              left join lateral (select true as remains from pgchannels.memberships m
+                                  where m.group_name = j.group_name and m.identity = j.identity limit 1) m on true
+             where j.identity is not null and m.remains is null
              order by j.group_name, j.identity
         ), present as materialized (
-            select g.group_name, count(distinct m.identity) as count
-              from (select distinct r.group_name from arrived r) g
-              left join pgchannels.memberships m on m.group_name = g.group_name and m.identity is not null
-             group by g.group_name
+            select g.group_name, pgchannels.add_present(g.group_name, g.count) - g.count as count
+              from (select r.group_name, count(*) as count from arrived r group by r.group_name) g
         )
         insert into pgchannels.outbox (channel, payload)
         select 'presence:' || a.group_name,
@@ -613,12 +656,15 @@ begin
         if departed is not null then
             published := published + pgchannels.publish_left(departed);
         end if;
-        -- Who has come back is no longer on the way out.
+        -- A user who has come back is no longer on the way out. "offset 0": each is looked up by its
+        -- identity, and not among all of the group.
         if counted <> '{}' then
             delete from pgchannels.memberships g
-             using unnest(groups, names, adding) c(group_name, channel, adding), pgchannels.memberships m
-             where c.adding and m.group_name = c.group_name and m.channel = c.channel and m.left_at is null
-               and g.group_name = m.group_name and g.identity = m.identity and g.left_at is not null;
+             using (select m.group_name, m.identity
+                      from unnest(groups, names, adding) c(group_name, channel, adding)
+                      join pgchannels.memberships m on m.group_name = c.group_name and m.channel = c.channel
+                     where c.adding and m.left_at is null offset 0) m
+             where g.group_name = m.group_name and g.identity = m.identity and g.left_at is not null;
         end if;
     end if;
 

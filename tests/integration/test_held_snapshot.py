@@ -112,6 +112,38 @@ def test_connecting_does_not_slow_down(connection: Connection, node: UUID) -> No
 
 
 @pytest.mark.usefixtures("held_snapshot")
+def test_coming_and_going_with_presence_does_not_slow_down(
+    connection: Connection, node: UUID
+) -> None:
+    def change(name: str, adding: str) -> str:
+        return (
+            f"pgchannels.change_memberships(array['room'], array[{name}], '{{{adding}}}',"
+            f" '{{connection}}', '0', '{node}')"
+        )
+
+    def cost(name: str) -> list[int]:
+        return [pages(connection, f"select {change(repr(name), adding)}") for adding in "tf"]
+
+    connection.execute(
+        "insert into pgchannels.channels (name, node) select 'x' || n, %s"
+        " from generate_series(1, 1004) n",
+        [node],
+    )
+    each = change("'x' || i", "t"), change("'x' || i", "f")
+    connection.execute(f"select {change(repr('x1001'), 't')}".encode())
+    repeat(connection, 1, 10, *each)
+    cost("x1002")
+    before = cost("x1003")
+    repeat(connection, 11, 1000, *each)
+    after = cost("x1004")
+    assert all(late <= early + 20 for early, late in zip(before, after, strict=True)), (
+        before,
+        after,
+    )
+    assert connection.execute("select count from pgchannels.present").fetchall() == [{"count": 1}]
+
+
+@pytest.mark.usefixtures("held_snapshot")
 def test_what_a_node_does_each_second_does_not_slow_down(connection: Connection) -> None:
     """What was removed long ago is not looked at: only what has become due within a minute."""
     sweep = QUERIES["sweep_ephemeral"].replace("$1", "'10 s'").replace("$2", "'1 min'")

@@ -394,7 +394,8 @@ class PostgresWorld(World):
             await self.open(node)
         await self._connection.execute(
             """
-            truncate pgchannels.memberships, pgchannels.channels, pgchannels.keys;
+            truncate pgchannels.memberships, pgchannels.present, pgchannels.channels,
+                     pgchannels.keys;
             update pgchannels.log set floor = (select head from pgchannels.bounds);
             """
         )
@@ -476,9 +477,15 @@ class PostgresWorld(World):
     async def _until_none(self, what: str, setting: str) -> None:
         query = f"select count(*) from pgchannels.{what}"
         duration = timedelta(seconds=getattr(self.layers[KEEPER].settings, setting))
-        for node in self._open_nodes():
-            node.members._wakeup.set()
-        await eventually(lambda: self._is_zero(query, duration))
+
+        async def none_is_left() -> Any:
+            for node in self._open_nodes():
+                # More time has passed than lies between two looks at what is due.
+                node.members._rounds = 0
+                node.members._wakeup.set()
+            return await self._is_zero(query, duration)
+
+        await eventually(none_is_left)
 
     async def _is_zero(self, query: str, *arguments: Any) -> Any:
         return await self._connection.fetchval(query, *arguments) == 0
