@@ -421,7 +421,7 @@ class Message(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         payload = self.payload if len(self.payload) <= 80 else self.payload[:77] + "..."
-        return f"<Message {self.position} {self.channel!r} {payload}>"
+        return f"<Message {self.position} {self.channel!r} {payload!r}>"
 
 
 def _texts(header: str | None) -> list[str] | None:

@@ -47,7 +47,12 @@ if TYPE_CHECKING:
     from pgchannels.web.inbox import Rest
     from pgchannels.web.middleware import Chain
 
-__all__ = ["Connection"]
+__all__ = ["REFRESHING_TIME", "Connection"]
+
+# Seconds that a token is good for longer, if the client has sent another one in time.
+REFRESHING_TIME = 15.0
+# Seconds after which it is known whether it has, where a handler was busy.
+_FINDING_TIME = 1.0
 
 logger = logging.getLogger("pgchannels.web")
 
@@ -83,6 +88,8 @@ class Connection(Reader):
         self._subprotocol: str | None = None
         self._headers: Iterable[tuple[bytes, bytes]] | None = None
         self._accepted = False  # by us, with this subprotocol
+        self._refreshing = 0
+        self._extended = 0  # how often the time of its token was
         self._revocations = 0
         # Whether what is being received is parsed, and answered, here.
         self._answers = False
@@ -195,7 +202,11 @@ class Connection(Reader):
         authentication = self.connections.authentication
         if authentication is None or self.identity is None:
             raise AuthenticationError("there is nothing to refresh", disconnect=False)
-        identity = await authentication.refresh(token, self.identity)
+        self._refreshing += 1
+        try:
+            identity = await authentication.refresh(token, self.identity)
+        finally:
+            self._refreshing -= 1
         revocations = self.connections.revocations
         await self.connections.check_not_revoked(identity)
         self._assume(identity)
@@ -257,8 +268,22 @@ class Connection(Reader):
         """Whose it is, and whose token it came with: an endpoint may have told them apart."""
         return self.user_id, None if self.identity is None else self.identity.user_id
 
+    def _extension(self) -> float:
+        # A refresh that was sent in time may wait for a handler that is busy.
+        if self._extended == 0 and not self._inbox.is_read:
+            self._extended = 1
+            self._inbox.read_ahead()
+            return _FINDING_TIME
+        frame = self._inbox.ahead
+        is_sent = self._refreshing or (frame is not None and frame.type == "auth.refresh")
+        if self._extended < 2 and is_sent:
+            self._extended = 2
+            return REFRESHING_TIME
+        return 0.0
+
     def _assume(self, identity: Identity) -> None:
         self.identity = identity
+        self._extended = 0
         when = inf
         if identity.expires_at is not None:
             left = identity.expires_at - datetime.now(UTC)
@@ -569,8 +594,12 @@ class Connection(Reader):
         if self.connections.revocations != self._revocations:
             self.reauthorize_soon()  # it may have been meant, and was not known yet
 
-    def _note(self, error: Exception, *, raised: bool = False) -> Problem:
-        return self.connections.note(error, self, raised=raised)
+    @property
+    def _is_admitted(self) -> bool:
+        return bool(self.channel_name)
+
+    def _note(self, error: Exception, *, raised: bool = False, refuses: bool = False) -> Problem:
+        return self.connections.note(error, self, raised=raised, refuses=refuses)
 
     async def _let_go(self) -> None:
         try:

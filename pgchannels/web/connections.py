@@ -106,8 +106,8 @@ class ConnectionManager:
         heartbeat: how it is found out that a client is gone.
         overflow: what becomes of messages for a client that does not keep up; by default it goes
             back to the log, and reads on at its own pace.
-        send_timeout: seconds that a client may take nothing of what is sent to it, before the
-            socket is closed with 1013; None for ever.
+        send_timeout: seconds that a client may take nothing of what is sent to it, or less than
+            2 KiB a second, before the socket is closed with 1013; None for no limit.
         max_frame_size: bytes; what is longer is answered by ``frame_too_large``, unread. A little
             more than ``max_message_size`` if None. The server has a limit of its own, see
             :meth:`server_options`.
@@ -460,11 +460,19 @@ class ConnectionManager:
         if self.middleware is not None:
             self.middleware.closed(connection)
 
-    def note(self, error: Exception, connection: Connection, *, raised: bool = False) -> Problem:
+    def note(
+        self,
+        error: Exception,
+        connection: Connection,
+        *,
+        raised: bool = False,
+        refuses: bool = False,
+    ) -> Problem:
         """Count an error, log what is not the client's own, and say what the client may hear.
 
         An unexpected error is logged with its traceback, unless it is *raised* again: servers log
         what reaches them, and a traceback belongs in the log once. It then has the id as a note.
+        A socket that an error *refuses*, before it was accepted, has a line in the log.
         """
         if isinstance(error, SocketError) and error.connection is None:
             error.connection = connection
@@ -484,14 +492,18 @@ class ConnectionManager:
                 exc_info=None if raised else error,
                 extra={"error_id": problem.error_id, "connection": connection.id},
             )
+        elif (is_refused or refuses) and isinstance(error, SocketError):
+            _log_refusal(connection, problem)
         elif isinstance(error, InvalidMessage):
             # What is wrong with it may be what the client sent, or what was made of it here. No
-            # warning: a client could fill the log with them.
-            logger.info("%s answers with an error", type(connection).__name__, exc_info=error)
+            # warning, nor a traceback: a client could fill the log with them.
+            logger.info("%s answers with an error: %r", type(connection).__name__, error)
         elif isinstance(error, ChannelLayerClosed) and not connection.id:
             logger.error("a socket is refused: %s", error)
         elif problem.severity is not Severity.INFO:
             logger.warning("%s: %s", type(connection).__name__, error)
+        elif is_refused or refuses:
+            _log_refusal(connection, problem)
         return problem
 
     # What other nodes say
@@ -537,6 +549,17 @@ class _Everywhere:
         info = self._page.popleft()
         self._after = info.channel
         return info
+
+
+def _log_refusal(connection: Connection, problem: Problem) -> None:
+    """Not with what the error says: that may repeat what the client has sent."""
+    logger.log(
+        logging.INFO if problem.severity is Severity.INFO else logging.WARNING,
+        "%s refuses a socket: %s",
+        type(connection).__name__,
+        problem.code,
+        extra={"connection": connection.id, "code": problem.code},
+    )
 
 
 def _check(name: str, given: object, *kinds: type | None) -> None:

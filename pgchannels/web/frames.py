@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from base64 import b64encode
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -43,8 +44,14 @@ def unwrapped(message: Message) -> str | bytes | None:
         if mode == "bytes" and isinstance(body, bytes):
             return body
     except (InvalidPayload, KeyError, TypeError) as error:
-        logger.warning("message %s cannot be made a frame: %r", message.position, error)
+        _warn(str(message.position), message.channel, repr(error))
     return None
+
+
+@lru_cache(maxsize=1000)
+def _warn(position: str, channel: str, error: str) -> None:
+    """Once a message, whatever the number of its receivers."""
+    logger.warning("message %s of %r cannot be made a frame: %s", position, channel, error)
 
 
 def _encode(content: Any, *, with_bytes: bool) -> str:

@@ -68,7 +68,7 @@ class Life(Wire):
     def _tasks_run(self) -> None:
         """It has been admitted, and tasks may be spawned from now on."""
 
-    def _note(self, error: Exception, *, raised: bool = False) -> Problem:
+    def _note(self, error: Exception, *, raised: bool = False, refuses: bool = False) -> Problem:
         """Count and log an error, and say what a client may hear of it.
 
         With *raised*, an unexpected error is raised again, and the server logs its traceback.
@@ -132,8 +132,9 @@ class Life(Wire):
             self._part(error.reason, None)
             return (error.code if error.code in SENDABLE else INTERNAL_ERROR), None
         if isinstance(error, HTTPException) and is_early:
+            self._log_refusal(error.status_code)
             return ABNORMAL, error  # whoever serves the application answers it
-        problem = self._note(error, raised=not is_early)
+        problem = self._note(error, raised=not is_early, refuses=is_early)
         if is_early:
             refused = Refused(problem)
             refused.__cause__ = error

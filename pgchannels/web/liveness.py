@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pgchannels.errors import ConfigurationError
 
-__all__ = ["Heartbeat", "Liveness", "Verdict"]
+__all__ = ["MIN_PACE", "Heartbeat", "Liveness", "Verdict"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Heartbeat:
         }
 
 
+# Bytes a second that a client takes at least while something waits to be sent to it. Slow links do;
+# a client that reads a little now and then, to keep what waits for it in memory, does not.
+MIN_PACE = 2048
+
+
 class Verdict(Enum):
     """What is to be done about a socket."""
 
@@ -83,7 +88,8 @@ class Liveness:
 
     Args:
         heartbeat: how often to ask; what is not by ``"json"`` asks nothing.
-        send_timeout: how long sending may go without progress; None for ever.
+        send_timeout: how long sending may go without progress, or slower than 2 KiB a second; None
+            for ever.
         now: when the socket was accepted.
     """
 
@@ -98,6 +104,10 @@ class Liveness:
         self._asked = 0
         self._sending = 0
         self._progress_at = now
+        self._taken = 0
+        # Since when something waits at each look, and what had been taken by then.
+        self._waits_since = now
+        self._taken_before = 0
         self._expires_at = inf
 
     def heard(self, now: float) -> None:
@@ -131,11 +141,32 @@ class Liveness:
         """The client's token is good until then; :data:`math.inf` for ever."""
         self._expires_at = when
 
-    def check(self, now: float) -> tuple[Verdict, float]:
-        """What is to be done now, and when to look again at the latest; ``inf`` for never."""
+    def _is_stuck(self, now: float, taken: int) -> bool:
+        if taken > self._taken:
+            self._progress_at = now
+        self._taken = taken
+        waits = now - self._waits_since
+        if not self._sending or not taken:
+            self._waits_since, self._taken_before = now, taken
+        elif waits >= self._send_timeout:
+            pace = (taken - self._taken_before) / waits
+            self._waits_since, self._taken_before = now, taken
+            if pace < MIN_PACE:
+                return True
+        return self._sending > 0 and now - self._progress_at >= self._send_timeout
+
+    def check(self, now: float, taken: int = 0) -> tuple[Verdict, float]:
+        """What is to be done now, and when to look again at the latest; ``inf`` for never.
+
+        Args:
+            now: the time.
+            taken: bytes that the client has taken since the beginning; always 0 if only whole sends
+                are known of.
+        """
+        is_stuck = self._is_stuck(now, taken)
         if now >= self._expires_at:
             return Verdict.EXPIRED, inf
-        if self._sending and now - self._progress_at >= self._send_timeout:
+        if is_stuck:
             return Verdict.STUCK, inf
         # A send may begin at any time, and is to be noticed soon after its time is over.
         again = min(self._expires_at, now + self._send_timeout / 2)

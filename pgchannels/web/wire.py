@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from pgchannels.web.abort import abort, abort_unless_written, is_lost
+from pgchannels.web.abort import (
+    Writing,
+    abort,
+    abort_later,
+    abort_unless_written,
+    is_lost,
+    unwritten,
+)
 from pgchannels.web.codes import (
     ABNORMAL,
     INTERNAL_ERROR,
@@ -41,10 +48,17 @@ logger = logging.getLogger("pgchannels.web")
 
 # Seconds that saying goodbye may take: to the client, in disconnect(), and to the database, each.
 CLOSING_TIME = 5.0
+# Seconds for a client that still takes what was sent to it before, on a slow link.
+SLOW_CLOSING_TIME = 60.0
+# Seconds that a socket is kept which was closed before it was admitted.
+REFUSING_TIME = 1.0
 # Seconds that the block which serves a socket has to end by itself once the client is gone.
 LEAVING_TIME = 3.0
 # Seconds after which the end of a client is looked for where no code waits for its frames.
 LOOK_EVERY = 5.0
+
+
+_ACCEPTED = (WebSocketState.CONNECTED, WebSocketState.DISCONNECTED)
 
 
 class ConnectionState(Enum):
@@ -74,7 +88,8 @@ class Wire:
     Args:
         websocket: the socket, not accepted yet.
         heartbeat: how it is found out that the client is gone.
-        send_timeout: seconds that sending may go without progress; None for ever.
+        send_timeout: seconds that sending may go without progress, or slower than 2 KiB a second;
+            None for ever.
     """
 
     def __init__(
@@ -153,13 +168,18 @@ class Wire:
             raise ValueError(f"{code} cannot be sent as a close code")
         if self.websocket.application_state is not WebSocketState.DISCONNECTED:
             self._asked_to_close = code
+            if self.websocket.application_state is WebSocketState.CONNECTING:
+                self._log_refusal(code)
             try:
-                await self.websocket.close(code, cut(reason or ""))
+                await self._for_a_moment(self.websocket.close(code, cut(reason or "")))
             except (WebSocketDisconnect, RuntimeError):
                 state: object = self.websocket.application_state  # mypy takes it for unchanged
                 if state is not WebSocketState.DISCONNECTED:
                     raise
                 logger.debug("the client was gone before the socket could be closed")
+
+    def _log_refusal(self, code: int) -> None:
+        logger.info("%r is refused with %d", self, code, extra={"code": code})
 
     def close_soon(self, code: int, reason: str = "", farewell: object = None) -> None:
         """Close the socket soon, from outside of its tasks. At once; never raises.
@@ -307,7 +327,8 @@ class Wire:
         """Look after the client, and again when there may be something to see."""
         self._watch_no_more()
         now = self._loop.time()
-        verdict, again = self._liveness.check(now)
+        taken = self.bytes_out - unwritten(self.websocket)
+        verdict, again = self._liveness.check(now, taken)
         if self._is_read and verdict in (Verdict.FINE, Verdict.PING):
             again = min(again, now + LOOK_EVERY)
             self._look_for_end()
@@ -321,8 +342,15 @@ class Wire:
                 self.close_soon(INTERNAL_ERROR, "no answer to pings")
             case Verdict.STUCK:
                 self.close_soon(TRY_AGAIN_LATER, "nothing is taken of what is sent")
+            case Verdict.EXPIRED if (more := self._extension()) > 0:
+                self._liveness.expire_at(now + more)
+                self._timer = self._loop.call_at(now + more, self._watch)
             case Verdict.EXPIRED:
                 self._tasks.end(TokenExpired())
+
+    def _extension(self) -> float:
+        """Seconds for which a token that has run out is still good."""
+        return 0.0
 
     def _look_for_end(self) -> None:
         """Learn of the end of a client whose frames no code waits for: a handler is busy, say."""
@@ -344,18 +372,35 @@ class Wire:
     async def _take_leave(self, code: int, *, closes: bool = True) -> None:
         """Close the socket with *code*, if it is still open; not for longer than a moment.
 
-        A client that takes nothing by then is dropped, and does not hear the code. Without
+        A client that takes nothing meanwhile is dropped, and does not hear the code. Without
         *closes*, somebody else closes it, and it is only sent what comes before that.
         """
         self._watch_no_more()
         if self._gone is None and code in SENDABLE:
             # Also when the server cancels: a client must know why, and whether to come back.
-            with anyio.move_on_after(CLOSING_TIME, shield=True) as limit:
-                await self._say_goodbye(code, closes=closes)
-            if limit.cancelled_caught:
-                abort(self.websocket)
-            else:
-                abort_unless_written(self.websocket, CLOSING_TIME)
+            with anyio.CancelScope(shield=True):
+                if await self._for_a_moment(self._say_goodbye(code, closes=closes)):
+                    abort_unless_written(self.websocket, CLOSING_TIME, SLOW_CLOSING_TIME)
+        if not self._is_admitted and self.websocket.application_state in _ACCEPTED:
+            # Some servers wait for the client's answer to a close, for longer.
+            abort_later(self.websocket, REFUSING_TIME)
+
+    @property
+    def _is_admitted(self) -> bool:
+        """Whether it is known whose socket it is."""
+        return True
+
+    async def _for_a_moment(self, sending: Awaitable[None]) -> bool:
+        """Wait while it is being sent; drop the connection if the client takes nothing of it."""
+        with anyio.CancelScope() as scope:
+            writing = Writing(self.websocket, CLOSING_TIME, SLOW_CLOSING_TIME, scope.cancel)
+            try:
+                await sending
+            finally:
+                writing.stop()
+        if scope.cancelled_caught:
+            abort(self.websocket)
+        return not scope.cancelled_caught
 
     async def _say_goodbye(self, code: int, *, closes: bool) -> None:
         try:

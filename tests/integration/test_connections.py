@@ -1365,6 +1365,61 @@ class TestCloses:
                 await connection.close(1005)
             assert await ask(socket, 1) == {"got": 1}
 
+    async def test_a_server_that_waits_for_the_clients_answer(
+        self, memory: MemoryLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As uvicorn's older implementation does, for twenty seconds: the place is free before."""
+        monkeypatch.setattr("pgchannels.web.wire.CLOSING_TIME", 0.05)
+
+        async def endpoint(connection: Connection) -> None:
+            close = connection.websocket.close
+
+            async def wait(code: int = 1000, reason: str | None = None) -> None:
+                await close(code, reason)
+                await asyncio.Event().wait()
+
+            connection.websocket.close = wait  # type: ignore[method-assign]
+            await connection.close(4000)
+
+        connections = ConnectionManager(memory)
+        async with serving(connections, endpoint) as address, address() as socket:
+            assert await closed(socket) in (4000, 1006)
+            await gone(connections)
+        assert connections.statistics().closed == {4000: 1}
+
+    @pytest.mark.parametrize("how", ["error", "http", "exception", "close"])
+    async def test_a_refusal_by_connect_is_in_the_log(
+        self, memory: MemoryLayer, caplog: pytest.LogCaptureFixture, how: str
+    ) -> None:
+        """Once, and nothing of what the client has sent."""
+        caplog.set_level(logging.INFO, "pgchannels")
+
+        class Room(JsonConsumer):
+            async def connect(self, secret: str) -> None:
+                match how:
+                    case "error":
+                        raise AuthorizationError(f"not with {secret}")
+                    case "http":
+                        raise HTTPException(403, secret)
+                    case "exception":
+                        raise WebSocketException(4003, secret)
+                    case _:
+                        await self.close(4003, secret)
+
+        app = FastAPI()
+        connections = ConnectionManager(memory)
+        app.add_api_websocket_route("/ws", Room.as_endpoint(connections))
+        async with serve(app) as served:
+            with pytest.raises(InvalidStatus):
+                async with Address(served)("secret=hidden"):
+                    pass
+            await gone(connections)
+        lines = [each for each in caplog.records if "refuse" in each.getMessage()]
+        assert len(lines) == 1
+        code = {"error": "forbidden", "http": 403}.get(how, 4003)
+        assert getattr(lines[0], "code", None) == code
+        assert "hidden" not in lines[0].getMessage()
+
 
 class TestAuthentication:
     async def test_with_the_handshake(
@@ -1463,6 +1518,68 @@ class TestAuthentication:
             await ready(socket)
             assert (await answer(socket))["code"] == "token_expired"
             assert await closed(socket) == 3000
+
+    @pytest.mark.parametrize("sent", ["refresh", "something else", "nothing"])
+    async def test_a_token_that_runs_out_while_a_handler_is_busy(
+        self, memory: MemoryLayer, sent: str
+    ) -> None:
+        """A refresh that was sent in time waits for the handler, and counts."""
+        go_on, cancelled = asyncio.Event(), False
+
+        async def endpoint(connection: Connection) -> None:
+            nonlocal cancelled
+            await connection.send_json({"ready": connection.id})
+            try:
+                async for content in connection:
+                    await go_on.wait()
+                    await connection.send_json({"got": content})
+            except asyncio.CancelledError:
+                cancelled = True
+                raise
+
+        authentication = Authentication(verify, HeaderToken())
+        connections = ConnectionManager(memory, authentication=authentication)
+        async with serving(connections, endpoint) as address:
+            async with address(**bearer("ada:0.5")) as socket:
+                await ready(socket)
+                await socket.send("1")
+                if sent == "refresh":
+                    await socket.send('{"type": "auth.refresh", "token": "ada:60"}')
+                    (connection,) = connections
+                    await eventually(lambda: connection._extended == 2)
+                    go_on.set()
+                    assert await answer(socket) == {"got": 1}
+                    assert (await answer(socket))["type"] == "auth.refreshed"
+                    assert await ask(socket, 2) == {"got": 2}
+                else:
+                    if sent == "something else":
+                        await socket.send("2")
+                    assert (await answer(socket))["code"] == "token_expired"
+                    assert await closed(socket) == 3000
+            await gone(connections)
+        assert cancelled == (sent != "refresh")
+
+    async def test_a_client_without_a_token_that_does_not_answer_the_close(
+        self, memory: MemoryLayer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Strangers cannot hold a connection for as long as the server would wait for that."""
+        monkeypatch.setattr("pgchannels.web.wire.REFUSING_TIME", 0.05)
+        authentication = Authentication(verify, FirstMessageToken(deadline=0.05))
+        connections = ConnectionManager(memory, authentication=authentication)
+        async with serving(connections) as address:
+            host, port = address.split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(
+                b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+            )
+            async with asyncio.timeout(9):  # uvicorn waits for ten seconds
+                with suppress(ConnectionResetError):
+                    while await reader.read(1000):
+                        pass
+            writer.close()
+            with suppress(ConnectionResetError):
+                await writer.wait_closed()
 
     async def test_a_token_where_frames_are_not_parsed(self, memory: MemoryLayer) -> None:
         """The application reads what the client sends, and may call refresh()."""

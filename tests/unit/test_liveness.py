@@ -79,6 +79,40 @@ def test_what_is_sent_is_not_stuck() -> None:
     assert liveness.check(530)[0] is Verdict.STUCK
 
 
+def test_a_slow_link_is_not_stuck() -> None:
+    """One message of 1 MiB at 35 KB a second: the send waits, and some of it is always taken."""
+    liveness = Liveness(Heartbeat(), 20.0, 0.0)
+    liveness.sending(0)
+    for now in range(1, 31):
+        assert liveness.check(now, now * 35_000)[0] is Verdict.FINE
+    liveness.sent(31)
+    liveness.sending(31)
+    assert liveness.check(31, 31 * 35_000)[0] is Verdict.FINE
+    assert liveness.check(50, 31 * 35_000)[0] is Verdict.FINE
+    assert liveness.check(51, 31 * 35_000)[0] is Verdict.STUCK
+
+
+def test_reading_a_little_now_and_then_does_not_keep_a_socket() -> None:
+    """2 KiB every five seconds, so that each send is done in time, and another one waits."""
+    liveness = Liveness(Heartbeat(), 30.0, 0.0)
+    assert liveness.check(0, 100)[0] is Verdict.FINE
+    liveness.sending(1)
+    for now in range(5, 30, 5):
+        liveness.sent(now)
+        liveness.sending(now)
+        assert liveness.check(now, 100 + now * 400)[0] is Verdict.FINE
+    assert liveness.check(30, 100 + 30 * 400)[0] is Verdict.STUCK
+
+
+def test_who_has_taken_all_in_between_may_be_slow() -> None:
+    liveness = Liveness(Heartbeat(), 30.0, 0.0)
+    for now in range(0, 300, 10):
+        liveness.sending(now)
+        assert liveness.check(now + 5, 100 + now)[0] is Verdict.FINE
+        liveness.sent(now + 6)
+        assert liveness.check(now + 9, 101 + now)[0] is Verdict.FINE
+
+
 def test_a_token_that_runs_out() -> None:
     liveness = Liveness(Heartbeat(by="off"), None, 0.0)
     assert liveness.check(0) == (Verdict.FINE, inf)

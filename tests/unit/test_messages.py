@@ -272,7 +272,8 @@ class TestMessage:
         assert json.loads(m.envelope)["created_at"] == "2026-01-01T00:00:00.000000+00:00"
 
     def test_repr_is_short(self) -> None:
-        assert repr(message()) == '<Message 1-7 \'room:1\' {"text": "hello"}>'
+        assert repr(message()) == """<Message 1-7 'room:1' '{"text": "hello"}'>"""
+        assert "\n" not in repr(message('{"a":\n1}'))
         assert len(repr(message('{"a": "' + "x" * 10_000 + '"}'))) < 150
 
     def test_its_type(self) -> None:
