@@ -52,6 +52,7 @@ connections = ConnectionManager(
     # By messages, so that the page, too, finds out that nobody is there any more.
     heartbeat=Heartbeat(interval=15, timeout=40, by="json"),
     origins=Origins(),  # pages of this host only, which is also the default
+    max_frame_size=MAX_FRAME,
     middleware=Validation(max_bytes=MAX_FRAME, max_depth=4)
     >> RateLimit(TokenBucket(rate=5, burst=40), by="user"),
 )

@@ -52,8 +52,7 @@ __all__ = ["ConnectionManager", "Shutdown", "check_layer"]
 logger = logging.getLogger("pgchannels.web")
 
 DEFAULT_LIMITS = Limits(per_user=1000, groups=1000)
-# Bytes that a frame may have besides the payload of the largest message.
-FRAME_OVERHEAD = 64 * 1024
+MAX_FRAME_SIZE = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,9 @@ class ConnectionManager:
             back to the log, and reads on at its own pace.
         send_timeout: seconds that a client may take nothing of what is sent to it, or less than
             2 KiB a second, before the socket is closed with 1013; None for no limit.
-        max_frame_size: bytes; what is longer is answered by ``frame_too_large``, unread. A little
-            more than ``max_message_size`` if None. The server has a limit of its own, see
-            :meth:`server_options`.
+        max_frame_size: bytes of a frame that a client sends, 64 KiB by default; a longer one is
+            answered by ``frame_too_large``, unread. The work that a frame may cause grows with its
+            size. The server has a limit of its own, see :meth:`server_options`.
         origins: from which sites' pages browsers may connect; if None, those of *authentication*,
             or else only the server's own. ``Origins("*")`` is for all sites.
         authentication: who connects; without, that is the endpoint's to find out.
@@ -131,7 +130,7 @@ class ConnectionManager:
         heartbeat: Heartbeat = Heartbeat(),  # noqa: B008 - frozen
         overflow: Overflow | str | None = None,
         send_timeout: float | None = 30.0,
-        max_frame_size: int | None = None,
+        max_frame_size: int = MAX_FRAME_SIZE,
         origins: Origins | None = None,
         authentication: Authentication | None = None,
         authorize: Authorize | None = None,
@@ -139,9 +138,8 @@ class ConnectionManager:
         shutdown: Shutdown = Shutdown(),
     ) -> None:
         check_layer(layer)
-        if max_frame_size is None:
-            max_frame_size = layer.settings.max_message_size + FRAME_OVERHEAD
-        _check_number("send_timeout", send_timeout, (int, float))
+        if send_timeout is not None:
+            _check_number("send_timeout", send_timeout, (int, float))
         _check_number("max_frame_size", max_frame_size, int)
         _check("limits", limits, Limits)
         _check("heartbeat", heartbeat, Heartbeat)
@@ -569,8 +567,6 @@ def _check(name: str, given: object, *kinds: type | None) -> None:
 
 
 def _check_number(name: str, given: object, kind: type | tuple[type, ...]) -> None:
-    if given is None:
-        return
     if not isinstance(given, kind) or isinstance(given, bool) or not given > 0:  # type: ignore[operator]
         raise ConfigurationError(f"{name} must be a positive number, not {given!r}")
 

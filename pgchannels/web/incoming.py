@@ -9,10 +9,11 @@ import orjson
 from pgchannels.web.errors import ValidationFailed
 from pgchannels.web.frames import encode_json
 
-__all__ = ["ANSWERED", "Frame", "size_of"]
+__all__ = ["ANSWERED", "HEARTBEATS", "Frame", "size_of"]
 
 # Types of what a connection may answer itself. Whether it does, it says: ``answers_itself()``.
-ANSWERED = frozenset({"ping", "pong", "auth.refresh"})
+HEARTBEATS = frozenset({"ping", "pong"})
+ANSWERED = HEARTBEATS | {"auth.refresh"}
 
 _NOTHING: Any = object()
 

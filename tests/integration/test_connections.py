@@ -2411,6 +2411,7 @@ class TestConfiguration:
             {"send_timeout": "30"},
             {"max_frame_size": 0},
             {"max_frame_size": 1.5},
+            {"max_frame_size": None},
             {"limits": 5},
             {"limits": None},
             {"heartbeat": 30},
@@ -2481,6 +2482,12 @@ class TestConfiguration:
         off = ConnectionManager(layer, heartbeat=Heartbeat(by="off")).server_options()
         assert (off["ws_ping_interval"], off["ws_ping_timeout"]) == (None, None)
         assert ConnectionManager(layer, max_frame_size=500).server_options()["ws_max_size"] == 1000
+
+    def test_clients_send_less_than_servers_publish(self) -> None:
+        """What a frame makes a server do grows with its size."""
+        connections = ConnectionManager(MemoryLayer())
+        assert connections.max_frame_size == 65536 < connections.layer.settings.max_message_size
+        assert connections.server_options()["ws_max_size"] == 131072
 
     @pytest.mark.parametrize(("timeout", "expected"), [(0, 1), (2.5, 3), (float("inf"), None)])
     def test_the_servers_own_patience(self, timeout: float, expected: int | None) -> None:

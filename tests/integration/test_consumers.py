@@ -545,7 +545,7 @@ class TestHandlers:
             assert [problem["loc"] for problem in error["errors"]] == [["text"], ["k" * 200]]
             assert all(set(problem) == {"loc", "msg"} for problem in error["errors"])
             assert len(json.dumps(error)) < 1000
-            many = {"type": "chat.send", "text": "", **{f"key{n}": n for n in range(10_000)}}
+            many = {"type": "chat.send", "text": "", **{f"key{n}": n for n in range(900)}}
             assert len((await ask(socket, many))["errors"]) == 10
             assert await ask(socket, 1) == {"echo": 1}
 
@@ -668,7 +668,7 @@ class TestGeneric:
                     await self.send_bytes(bytes)
 
         async with serving(Echo, memory) as open_socket, open_socket() as socket:
-            for frame in ("text", "", b"bytes", b"", "é" * 100_000):
+            for frame in ("text", "", b"bytes", b"", "é" * 30_000):
                 await socket.send(frame)
                 assert await text(socket) == frame
 

@@ -205,9 +205,11 @@ class TestFromClients:
         async with MemoryLayer() as layer, attacked(layer) as (socket, _):
             await socket.send(make(1000))
             assert await answer(socket) == "other"
+            await socket.send(make(2000))
+            assert (await answer(socket))["code"] == "invalid_json"
             await socket.send(make(100_000))
-            assert (await answer(socket))["code"] in ("invalid_json", "frame_too_large")
-            await socket.send(make(100_000)[:100_000])
+            assert (await answer(socket))["code"] == "frame_too_large"
+            await socket.send(make(100_000)[:60_000])
             assert (await answer(socket))["code"] == "invalid_json"
 
     async def test_depth_in_a_model(self) -> None:

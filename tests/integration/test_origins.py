@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI, WebSocket
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
+from websockets.typing import Origin
 
 from pgchannels import MemoryLayer
 from pgchannels.web import (
@@ -189,7 +190,9 @@ class TestBehindAProxy:
             serve(application(ConnectionManager(layer), layer)) as address,
             proxy(address, "upstream:8000") as front,
         ):
-            _, error = await refused(connect(f"ws://{front}/layer", origin="https://shop.example"))
+            _, error = await refused(
+                connect(f"ws://{front}/layer", origin=Origin("https://shop.example"))
+            )
             assert "upstream" not in str(error)
 
 

@@ -697,11 +697,10 @@ async def test_a_function_says_whose_it_is() -> None:
 
 async def test_excluded_types_do_not_count_unless_they_are_large() -> None:
     limit, connection = RateLimit(FixedWindow(1, 60)), connect()
-    for _ in range(10):
+    for _ in range(5):
         for kind in ("ping", "pong"):
             assert await limit.inbound(connection, Frame(json.dumps({"type": kind}))) is not None
     await limit.inbound(connection, chat())
-    await limit.inbound(connection, Frame('{"type": "ping"}'))
     await refused(limit, connection, chat())
     large = Frame(json.dumps({"type": "ping", "text": "x" * 5000}))
     await refused(limit, connection, large)
@@ -709,6 +708,35 @@ async def test_excluded_types_do_not_count_unless_they_are_large() -> None:
     await other.inbound(connection, Frame('{"type": "typing"}'))
     await other.inbound(connection, Frame('{"type": "ping"}'))
     await refused(other, connection, Frame('{"type": "ping"}'))
+
+
+async def test_a_flood_of_pings_counts_and_closes_the_socket() -> None:
+    """Each is answered, by as much as it holds, so that some are free and the rest is not."""
+    clock = Clock()
+    limit = RateLimit(FixedWindow(2, 60), max_refusals=3, clock=clock)
+    connection, other = connect(), connect()
+    ping = Frame('{"type": "ping"}')
+    for _ in range(12):  # ten are free, two are counted
+        await limit.inbound(connection, ping)
+    await limit.inbound(other, ping)
+    await refused(limit, connection, ping)
+    await refused(limit, connection, Frame('{"type": "pong"}'))
+    clock.advance(0.1)
+    await limit.inbound(connection, ping)
+    assert (await refused(limit, connection, ping)).disconnects
+    limit.closed(connection)
+    limit.closed(other)
+    assert len(limit._pings) == 0
+
+
+async def test_large_pings_count() -> None:
+    limit, connection = RateLimit(FixedWindow(1, 60)), connect()
+    small, large = (Frame(json.dumps({"type": "ping", "at": "x" * n})) for n in (100, 110))
+    assert (small.size, large.size) == (126, 136)
+    await limit.inbound(connection, small)
+    await limit.inbound(connection, large)
+    await limit.inbound(connection, small)
+    await refused(limit, connection, large)
 
 
 @pytest.mark.parametrize("kind", ["ping", "pong", "auth.refresh"])

@@ -9,9 +9,9 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from pgchannels.errors import ConfigurationError, DatabaseUnavailable
-from pgchannels.rates import Admission, Limiter, Rate
+from pgchannels.rates import Admission, Limiter, Rate, TokenBucket
 from pgchannels.web.errors import Problem, RateLimitExceeded, SocketError, describe
-from pgchannels.web.incoming import ANSWERED, Frame
+from pgchannels.web.incoming import ANSWERED, HEARTBEATS, Frame
 from pgchannels.web.middleware.chain import Middleware, overrides, types_of
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ __all__ = ["RateLimit"]
 
 # Bytes of a frame that is parsed to see whether its type is an excluded one.
 MAX_EXCLUDED = 4096
+# Of pings and pongs, which are answered, and by as much as they hold: bytes, and how many a second.
+MAX_PING = 128
+PINGS = TokenBucket(rate=10, burst=10)
 # Characters of whoever has a rate, that are shared as they are.
 MAX_KEY = 800
 
@@ -55,7 +58,8 @@ class RateLimit(Middleware):
         name: of this limit, among those that are shared; two with one name count as one.
         exclude: types that are not counted, of frames up to 4 KiB. ``ping``, ``pong`` and
             ``auth.refresh`` are counted nevertheless where the connection does not answer them
-            itself, but the application gets them.
+            itself, but the application gets them; and so are pings and pongs of more than 128
+            bytes, and those of a connection that are more than ten a second.
         cost: what a frame takes, 0 for nothing; 1 each if None. What costs more than can ever be
             there is refused, without a ``retry_after``.
         max_refusals: the socket is closed with 1008 by that many refusals in a row; None for never.
@@ -101,6 +105,7 @@ class RateLimit(Middleware):
         self._cost = cost
         self._clock = clock
         self._limiter = Limiter(rate, *more)
+        self._pings = Limiter(PINGS)
         # Of connections whose last frame was refused: how many were in a row.
         self._refusals: dict[str, int] = {}
 
@@ -138,6 +143,7 @@ class RateLimit(Middleware):
         self._refusals.pop(connection.id, None)
         # Ids do not come again. Users do, and must not start anew by connecting anew.
         self._limiter.forget(_of_connection(connection))
+        self._pings.forget(connection.id)
 
     def _is_excluded(self, connection: Connection, frame: Frame) -> bool:
         # Who is over the rate must not be able to have large frames parsed.
@@ -146,8 +152,14 @@ class RateLimit(Middleware):
         kind = frame.type
         if kind not in self.exclude:
             return False
+        if kind not in ANSWERED:
+            return True
         # Else whatever is called a ping would get past the rate, and to the application.
-        return kind not in ANSWERED or connection.answers_itself(kind)
+        if not connection.answers_itself(kind):
+            return False
+        if kind not in HEARTBEATS:
+            return True
+        return frame.size <= MAX_PING and self._pings.take(connection.id, self._clock()).allowed
 
     def _key(self, connection: Connection, frame: Frame) -> str:
         # The kind comes first, so that no user can be called as another one's connection is.
