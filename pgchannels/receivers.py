@@ -48,7 +48,7 @@ _MESSAGES_AT_A_TIME = 100
 # Where many messages of a channel are for others, a claim looks at more and more of them.
 _FEWEST_LOOKED_AT = 16
 _MOST_LOOKED_AT = 1000
-_MOST_LOOKED_AT_TOGETHER = 10_000
+_MOST_LOOKED_AT_TOGETHER = 20_000
 # Claims by one row of the database, before another one takes its place.
 _CLAIMS_BY_ROW = 200
 # Seconds that close() leaves for handing back.
@@ -81,7 +81,8 @@ class _Inbox:
         self.waiters: OrderedDict[_Waiter, None] = OrderedDict()
         self.watched: set[str] = set()
         self.idle_since = 0.0
-        # A claim for this channel alone has failed: it is claimed for alone, until that works.
+        # A claim for this channel only has timed out. Until one succeeds, no other channel is asked
+        # for together with it, and not at once.
         self.alone = False
         self.delay = Backoff(base=1.0, cap=30.0)
         self._looking = 0
@@ -103,9 +104,9 @@ class _Inbox:
         count = min(len(self.waiters), _MESSAGES_AT_A_TIME)
         return count, max(count, self._looking)
 
-    def looked(self, *, in_vain: bool) -> None:
+    def looked(self, *, at_too_few: bool) -> None:
         """Look at more messages the next time, or at fewer."""
-        if in_vain:
+        if at_too_few:
             self._looking = min(max(4 * self._looking, _FEWEST_LOOKED_AT), _MOST_LOOKED_AT)
         else:
             self._looking //= 2
@@ -199,7 +200,7 @@ class Receivers:
                 inbox.look()
 
     def end(self, channel: str) -> None:
-        """The channel has been deleted: who waits for it waits in vain."""
+        """The channel has been deleted: its waiting receivers get :class:`InvalidChannel`."""
         inbox = self._inboxes.get(channel)
         while inbox is not None and (waiter := inbox.next_waiter()) is not None:
             waiter.future.set_exception(InvalidChannel(channel, "it has been deleted"))
@@ -315,16 +316,16 @@ class Receivers:
                 answered = False
                 self._put_off(asked, len(asked.wanted) // 2, timed_out=_timed_out(error))
             except DatabaseError as error:
-                # Refused, which nobody expects. Each by itself, so that one that cannot be claimed
-                # for is in nobody else's way; and behind all others.
+                # Refused, which nobody expects. Each by itself, so that a channel that cannot be
+                # claimed for does not stop the others; and behind all others.
                 logger.error("a claim for %d channels was refused: %s", len(asked.wanted), error)
                 delay = self._refused.next()
                 self._put_off(asked, 1, timed_out=False)
             await asyncio.sleep(delay)
             if answered:
                 return
-            # The one that had no answer may have been done. The number tells, whoever it is for
-            # now, and if it is for nobody.
+            # The claim that had no answer may have been done. Then its number brings the answer,
+            # whichever channels are asked for now, even none.
             asked = self._next_asked()
         try:
             await self._take_in(answer)
@@ -341,7 +342,7 @@ class Receivers:
         """Claim for these behind all others, and for so many channels at a time."""
         self._at_a_time = max(1, at_a_time)
         if timed_out and len(asked.wanted) == 1:
-            # Each attempt holds up all others for that long.
+            # Each attempt holds up the other channels until it times out.
             (name,) = asked.wanted
             inbox = self._inbox(name)
             inbox.alone = True
@@ -372,13 +373,14 @@ class Receivers:
             self._id, self._claims = new, 0
 
     def _ask_again(self, asked: _Asked, answer: Claims) -> None:
-        """For the channels that may have more, and tell the others' receivers that do not wait."""
-        # Channels that got nothing come first: one claim brings so many bytes and no more.
+        """Claim for channels that may have more; end calls for the others that do not wait."""
+        # Channels that got nothing come first, for a claim brings a limited number of bytes.
         for name in sorted(asked.wanted, key=lambda name: bool(answer.channels[name].messages)):
             claim, inbox = answer.channels[name], self._inbox(name)
-            in_vain = claim.may_have_more and len(claim.messages) < asked.wanted[name][0]
-            inbox.looked(in_vain=in_vain and claim.passed_by > 0)
+            lacking = claim.may_have_more and len(claim.messages) < asked.wanted[name][0]
+            inbox.looked(at_too_few=lacking and claim.passed_by > 0)
             inbox.alone = False
+            inbox.delay.reset()
             incomplete = answer.incomplete or not answer.may_claim or not claim.is_known
             if self._has_news(name, claim) or claim.may_have_more or incomplete:
                 if inbox.waiters:

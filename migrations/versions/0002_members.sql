@@ -383,7 +383,7 @@ begin
                     or m.returned <> '{}' and m.through > 0);
         end if;
         if mine.any_idle then
-            -- Memberships end of which nobody receives often enough.
+            -- In use: memberships of channels that are not used end.
             update pgchannels.channels c set is_received = true, last_active_at = clock_timestamp()
               from unnest(locked) m(name)
              where c.name = m.name

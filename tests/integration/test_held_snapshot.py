@@ -225,16 +225,16 @@ def test_receiving_does_not_slow_down(connection: Connection) -> None:
     connection.execute("insert into pgchannels.channels (name) values ('jobs')")
     connection.execute(
         "insert into pgchannels.outbox (channel, payload)"
-        " select 'jobs', '{}' from generate_series(1, 3000)"
+        " select 'jobs', '{}' from generate_series(1, 4000)"
     )
     connection.execute("select pgchannels.seal(10000)")
     receive(10)
     cost()
     before = cost()
-    receive(2000)
+    receive(3000)
     assert cost() <= before + 15
     assert connection.execute("select cursor from pgchannels.cursors").fetchall() == [
-        {"cursor": 2013}
+        {"cursor": 3013}
     ]
 
 

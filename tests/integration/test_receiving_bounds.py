@@ -57,7 +57,7 @@ class Claimant:
             "   from unnest($2::integer[]) with ordinality n(size, place) order by n.place",
             *(channel, sizes, headers),
         )
-        await self.run("seal", 10_000, "pgchannels")
+        await self.run("seal", 10_000, 2**30, "pgchannels")
 
     async def claim(
         self, *names: str, wanted: int = 1, looking: int = 1, size: int = MIB, again: bool = False

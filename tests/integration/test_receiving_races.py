@@ -68,7 +68,7 @@ class Session:
     async def publish(self, channel: str, *numbers: int) -> None:
         for n in numbers:
             await self.execute("select pgchannels.publish($1, $2)", channel, f'{{"n":{n}}}')
-        await self.run("seal", 1000, "pgchannels")
+        await self.run("seal", 1000, 2**30, "pgchannels")
 
     async def claim(self, node: UUID, token: int, names: list[str], wanted: int) -> list[int]:
         counts = [wanted] * len(names)
