@@ -186,7 +186,7 @@ async def connect(
             options["timeout"] = timeout
             if pooled:
                 options |= {"statement_cache_size": 0, "connection_class": _Shared}
-            connection: Connection = await asyncpg.connect(dsn, **options)
+            connection: Any = await asyncpg.connect(dsn, **options)
         except ValueError:
             # The driver's own words may quote a part of the password.
             raise ConfigurationError(

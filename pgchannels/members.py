@@ -492,7 +492,7 @@ class Members:
         for request in requests:
             # What counted in the place of an earlier one answers for it.
             counted = added.get(request.channel)
-            if isinstance(request, (_Add, _Restore)) and counted in refused:
+            if isinstance(request, (_Add, _Restore)) and counted is not None and counted in refused:
                 refused[request] = refused[counted]
         return [refused.get(request) for request in requests]
 
