@@ -1369,6 +1369,7 @@ class TestCloses:
         self, memory: MemoryLayer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As uvicorn's older implementation does, for twenty seconds: the place is free before."""
+        monkeypatch.setattr("pgchannels.web.wire.LEAVING_TIME", 60.0)
         monkeypatch.setattr("pgchannels.web.wire.CLOSING_TIME", 0.05)
 
         async def endpoint(connection: Connection) -> None:
