@@ -493,8 +493,11 @@ class Connection(Reader):
         await self._tell_positions()
 
     async def _tell_positions(self) -> None:
+        # With empty data, so that a client which takes every frame with a position for an envelope
+        # finds nothing in it.
+        frame = {"type": "position", "data": {}}
         for channel, position in self._untold.take().items():
-            await self.send_json({"type": "position", "channel": channel, "position": position})
+            await self.send_json(frame | {"channel": channel, "position": position})
 
     async def _deliver_through(self, chain: Chain, message: Message) -> None:
         passed = None

@@ -296,7 +296,8 @@ class TestPositions:
             await layer.send("board", CLOSED)
             async with connect(f"ws://{address}/ws?after=0") as socket:
                 frame = await answer(socket)
-                assert frame == {"type": "position", "channel": "board", "position": "1-1"}
+                told = {"type": "position", "channel": "board", "position": "1-1", "data": {}}
+                assert frame == told
 
     async def test_what_is_read_again_is_not_told_before(self, make_layer: Any) -> None:
         class Again(Talk):
