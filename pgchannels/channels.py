@@ -43,7 +43,7 @@ COMMANDS = RESERVED + "commands"
 """What nodes are to do with their connections. Clients neither read it nor write to it."""
 
 _USER = RESERVED + "user:"
-_PRESENCE = "presence:"
+PRESENCE = "presence:"
 
 # White space, control and invisible formatting characters, and the wildcards of MQTT. The SQL
 # function is_channel() has the same class; a test compares the two over all code points.
@@ -135,7 +135,7 @@ def presence_channel(group: str) -> str:
     Raises:
         InvalidChannel: if the group's name is no good, or longer than 191 characters.
     """
-    if len(check_channel(group)) > MAX_CHANNEL_LENGTH - len(_PRESENCE):
-        limit = MAX_CHANNEL_LENGTH - len(_PRESENCE)
+    if len(check_channel(group)) > MAX_CHANNEL_LENGTH - len(PRESENCE):
+        limit = MAX_CHANNEL_LENGTH - len(PRESENCE)
         raise InvalidChannel(group, f"a group with presence may have {limit} characters")
-    return _PRESENCE + group
+    return PRESENCE + group

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jwt
-from fastapi import Depends, FastAPI, HTTPException, WebSocket
-from fastapi.responses import FileResponse
+from fastapi import Depends, FastAPI, HTTPException, Request, WebSocket
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, Field, ValidationError
 
 from pgchannels import get_channel_layer
@@ -96,6 +97,15 @@ connections = ConnectionManager(
 )
 app = FastAPI(title="pgchannels rooms", lifespan=lifespan(connections))
 install_error_handlers(app)
+
+
+@app.exception_handler(RequestValidationError)
+async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    """FastAPI's own answer repeats the input, which may be what no response can hold."""
+    found = [{name: each[name] for name in ("type", "loc", "msg")} for each in error.errors()]
+    return JSONResponse({"detail": found}, 422)
+
+
 Current = Annotated[Identity, Depends(authentication.dependency())]
 
 # --- Tokens --------------------------------------------------------------------------------------
@@ -150,15 +160,17 @@ async def refresh(current: Current) -> Token:
     return issue(current.user_id)
 
 
-async def current_admin(current: Current) -> Identity:
-    if current.claims.get("admin") is not True:
-        raise HTTPException(403, "for administrators")
-    return current
+async def is_admin(current: Current) -> bool:
+    return current.claims.get("admin") is True
+
+
+async def name_of(current: Current) -> str:
+    return current.user_id
 
 
 # POST /admin/revocations: a user's tokens are worth nothing from now on, and their sockets close,
 # on all nodes. And whatever else operators do with connections.
-admin = connections.admin_router(authorize=current_admin, who=lambda current: current.user_id)
+admin = connections.admin_router(authorize=is_admin, who=name_of)
 app.include_router(admin, prefix="/admin")
 
 # --- Rooms ---------------------------------------------------------------------------------------

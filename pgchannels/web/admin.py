@@ -197,7 +197,7 @@ def admin_router(
     connections: "ConnectionManager",
     *,
     authorize: Callable[..., Any],
-    who: Callable[[Any], str] | None = None,
+    who: Callable[..., Any] | None = None,
     **options: Any,
 ) -> APIRouter:
     """Make a router for operators, over the connections of all nodes.
@@ -217,11 +217,10 @@ def admin_router(
     Args:
         connections: the manager that it is about.
         authorize: a FastAPI dependency, with whatever parameters it needs. It allows by returning
-            something true; anything else, None too, is refused with 403. It may raise
-            ``HTTPException`` itself. There is no default: who may do this is the application's to
-            say.
-        who: of what *authorize* has returned, a text for the log. By default that itself, if it is
-            a str.
+            True; anything else is refused with 403, a user too, as one who has signed in need not
+            be an administrator. It may raise ``HTTPException`` itself. There is no default: who
+            may do this is the application's to say.
+        who: a FastAPI dependency that gives the administrator's name, a str, for the log.
         options: for :class:`fastapi.APIRouter`.
 
     Raises:
@@ -234,13 +233,22 @@ def admin_router(
     if who is not None and not callable(who):
         raise ConfigurationError(f"who= cannot be called: {who!r}")
 
-    async def admitted(request: Request, allowed: Annotated[Any, Depends(authorize)]) -> str | None:
-        if not allowed:
-            logger.warning("refused: %s %r", request.method, request.url.path)
+    async def admitted(
+        request: Request,
+        allowed: Annotated[Any, Depends(authorize)],
+        name: Annotated[Any, Depends(_nobody if who is None else who)],
+    ) -> str | None:
+        if allowed is not True:
+            logger.warning(
+                "refused: %s %r (only True allows; authorize= gave %s)",
+                request.method,
+                request.url.path,
+                allowed if isinstance(allowed, bool | None) else f"a {type(allowed).__name__}",
+            )
             raise HTTPException(403, "you may not do this")
-        if who is not None:
-            return who(allowed)
-        return allowed if isinstance(allowed, str) else None
+        if who is not None and not isinstance(name, str):
+            raise ConfigurationError(f"who= must give a str, not a {type(name).__name__}")
+        return None if who is None else str(name)
 
     router = APIRouter(**{"tags": ["admin"], "route_class": _Route, **options})
     layer = connections.layer
@@ -322,6 +330,10 @@ def admin_router(
             await connections.revoke(**given, keep=timedelta(seconds=body.keep))
 
     return router
+
+
+def _nobody() -> None:
+    """Nothing is known of who the administrator is."""
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 __all__ = [
     "ABNORMAL",
     "FORBIDDEN",
@@ -16,6 +19,7 @@ __all__ = [
     "TOO_BIG",
     "TRY_AGAIN_LATER",
     "UNAUTHORIZED",
+    "by_label",
     "cut",
 ]
 
@@ -51,6 +55,21 @@ OURS = frozenset(
 
 SENDABLE = frozenset({*range(1000, 1004), *range(1007, 1012), 1012, 1013, 1014, *range(3000, 5000)})
 """What may be sent. Not 1004, 1005, 1006 and 1015, which are reserved (RFC 6455, 7.4.1)."""
+
+
+def by_label(counts: Mapping[int, int]) -> dict[str, int]:
+    """Sum up counts by close code: a client may close with any of thousands of codes.
+
+    Codes of the protocol and of ours stand for themselves, others for their thousand.
+    """
+    summed: Counter[str] = Counter()
+    for code, count in counts.items():
+        if code in OURS or 1000 <= code <= 1015:
+            summed[str(code)] += count
+        else:
+            summed[f"{code // 1000}xxx" if 3000 <= code <= 4999 else "other"] += count
+    return dict(summed)
+
 
 # RFC 6455, section 5.5: a control frame has 125 bytes, of which the code takes two.
 _MAX_REASON = 123

@@ -2,6 +2,7 @@
 
 # No postponed annotations here: FastAPI resolves those of the endpoint, which names what is local.
 
+import logging
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from pgchannels.records import HistoryPage
 
 __all__ = ["channels_router"]
+
+logger = logging.getLogger("pgchannels.web")
 
 
 class Envelope(BaseModel):
@@ -59,9 +62,9 @@ def channels_router(
     Args:
         layer: where the messages are.
         authorize: a FastAPI dependency, with whatever parameters it needs (``channel: str`` is the
-            channel that is asked for). It allows by returning something true; anything else, None
-            too, is refused with 403. It may raise ``HTTPException`` itself. There is no default:
-            who may read what is the application's to say.
+            channel that is asked for). It allows by returning True; anything else, a user too, is
+            refused with 403. It may raise ``HTTPException`` itself. There is no default: who may
+            read what is the application's to say.
         options: for :class:`fastapi.APIRouter`.
 
     Raises:
@@ -106,7 +109,12 @@ def channels_router(
 
         A message that has just been sent is among them some milliseconds later.
         """
-        if not allowed:
+        if allowed is not True:
+            if allowed:
+                logger.warning(
+                    "refused: the history of a channel (only True allows; authorize= gave a %s)",
+                    type(allowed).__name__,
+                )
             raise HTTPException(403, "you may not read this channel")
         _check("path", "channel", check_channel, channel)
         for name, value in (("after", after), ("before", before)):

@@ -18,9 +18,9 @@ from fastapi import APIRouter, Request, Response
 from pgchannels.errors import PGChannelsError
 from pgchannels.extras import needs_extra
 from pgchannels.waiting import LoopLock
-from pgchannels.web.codes import OURS
+from pgchannels.web.codes import by_label
 from pgchannels.web.health import is_listening
-from pgchannels.web.status import check_guarded
+from pgchannels.web.status import guarded
 
 with needs_extra("metrics"):
     from prometheus_client import CollectorRegistry
@@ -68,7 +68,7 @@ class ConnectionsCollector(Collector):
         yield _counters(
             "connections_closed",
             "Connections that were closed, by close code.",
-            _summed((_close_code(code), count) for code, count in now.closed.items()),
+            by_label(now.closed),
         )
         yield _counters(
             "connections_refused",
@@ -148,7 +148,8 @@ def metrics_router(
 
     Args:
         connections: the manager that it is about.
-        dependencies: FastAPI's, which refuse who may not see it by raising an ``HTTPException``.
+        dependencies: FastAPI's, which refuse who may not see it by raising an ``HTTPException``, or
+            by returning False.
         public: instead: anybody may.
         registry: what is collected besides: ``prometheus_client.REGISTRY``, say. The manager's
             collector is registered there. One of its own if None.
@@ -159,7 +160,7 @@ def metrics_router(
     Raises:
         ConfigurationError: neither *dependencies* nor *public*, or both.
     """
-    check_guarded("metrics_router", dependencies, public)
+    guards = guarded("metrics_router", dependencies, public)
     collected = CollectorRegistry() if registry is None else registry
     collected.register(ConnectionsCollector(connections))
     readers = FollowersCollector(connections.layer) if followers else None
@@ -167,7 +168,7 @@ def metrics_router(
         collected.register(readers)
     router = APIRouter(**{"tags": ["status"], **options})
 
-    @router.get("/metrics", dependencies=list(dependencies), response_class=Response)
+    @router.get("/metrics", dependencies=guards, response_class=Response)
     async def metrics(request: Request) -> Response:
         """Metrics for Prometheus."""
         if readers is not None:
@@ -193,13 +194,6 @@ def _counters(name: str, documentation: str, values: Mapping[str, int]) -> Metri
     for code, value in values.items():
         family.add_metric([code], value)
     return family
-
-
-def _close_code(code: int) -> str:
-    # A client may close with any of thousands.
-    if code in OURS or 1000 <= code <= 1015:
-        return str(code)
-    return f"{code // 1000}xxx" if 3000 <= code <= 4999 else _OTHER
 
 
 def _bounded(counts: Mapping[str, int]) -> Mapping[str, int]:

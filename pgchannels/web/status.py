@@ -2,20 +2,21 @@
 
 # No postponed annotations here: FastAPI resolves those of the endpoints.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, HTTPException, Query, Response
 from pydantic import BaseModel, Field
 
 from pgchannels.errors import ConfigurationError
+from pgchannels.web.codes import by_label
 from pgchannels.web.error_handlers import answering
 from pgchannels.web.health import Health, is_listening
 
 if TYPE_CHECKING:
     from pgchannels.web.connections import ConnectionManager
 
-__all__ = ["check_guarded", "status_router"]
+__all__ = ["guarded", "status_router"]
 
 Problem = Literal["draining", "closed", "database", "listener"]
 
@@ -37,7 +38,9 @@ class Status(BaseModel):
         description="whether notifications come in; if not, messages are found by polling"
     )
     opened: int = Field(description="connections that were admitted")
-    closed: dict[int, int] = Field(description="how many were closed, by close code")
+    closed: dict[str, int] = Field(
+        description="how many were closed, by close code; codes of clients by their thousands"
+    )
     refused: dict[str, int] = Field(description="how many were not admitted, by error code")
     errors: dict[str, int] = Field(description="what clients were told of, by error code")
     messages_in: int
@@ -76,7 +79,9 @@ def status_router(
     Args:
         connections: the manager that it is about.
         dependencies: FastAPI's, which refuse who may not see ``/status`` by raising an
-            ``HTTPException``. There is no default: who may see it is the application's to say.
+            ``HTTPException``, or by returning False. Anything else allows, as FastAPI has it: one
+            that gives a user allows all users. There is no default: who may see it is the
+            application's to say.
         public: instead: anybody may.
         grace: seconds that the listener may be away before the process is not ready. It is counted
             from the first look at ``/health/ready`` that found it so.
@@ -87,11 +92,11 @@ def status_router(
         ConfigurationError: neither *dependencies* nor *public*, or both; or a number is out of its
             range.
     """
-    check_guarded("status_router", dependencies, public)
+    guards = guarded("status_router", dependencies, public)
     health = Health(connections, grace=grace, timeout=timeout)
     router = APIRouter(**{"tags": ["status"], **options})
 
-    @router.get("/status", dependencies=list(dependencies), response_model_exclude_none=True)
+    @router.get("/status", dependencies=guards, response_model_exclude_none=True)
     async def status(
         response: Response,
         cluster: Annotated[bool, Query(description="count the connections of all nodes")] = False,
@@ -102,8 +107,9 @@ def status_router(
         if cluster:
             with answering():
                 counted = Cluster(connections=await connections.count())
+        statistics = connections.statistics()
         return Status(
-            **connections.statistics().to_dict(),
+            **{**statistics.to_dict(), "closed": by_label(statistics.closed)},
             is_listening=is_listening(connections),
             cluster=counted,
         )
@@ -126,8 +132,8 @@ def status_router(
     return router
 
 
-def check_guarded(router: str, dependencies: Sequence[Any], public: bool) -> None:
-    """Refuse what would be open to anybody without anybody having said so.
+def guarded(router: str, dependencies: Sequence[Any], public: bool) -> list[Any]:
+    """The dependencies of a route, so that False refuses with 403. FastAPI looks at no result.
 
     Raises:
         ConfigurationError: neither *dependencies* nor *public*, or both.
@@ -137,3 +143,12 @@ def check_guarded(router: str, dependencies: Sequence[Any], public: bool) -> Non
             f"{router}() needs either dependencies=[Depends(…)], which say who may see it, or "
             "public=True"
         )
+    return [Depends(_refusing(dependency)) for dependency in dependencies]
+
+
+def _refusing(dependency: Any) -> Callable[..., None]:
+    def check(allowed: Annotated[Any, dependency]) -> None:
+        if allowed is False:
+            raise HTTPException(403, "you may not see this")
+
+    return check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -34,15 +35,19 @@ def make_layer(request: pytest.FixtureRequest) -> Callable[[], ChannelLayer]:
     return lambda: PostgresLayer(url)
 
 
-def admin(authorization: Annotated[str, Header()] = "") -> str | None:
+def admin(authorization: Annotated[str, Header()] = "") -> bool:
     if authorization == "raise":
         raise HTTPException(401, "who are you?")
-    return "ada" if authorization == "admin" else None
+    return authorization == "admin"
+
+
+def ada() -> str:
+    return "ada"
 
 
 def application(connections: ConnectionManager, **options: Any) -> FastAPI:
     app = FastAPI()
-    router = connections.admin_router(**{"authorize": admin, **options})
+    router = connections.admin_router(**{"authorize": admin, "who": ada, **options})
     app.include_router(router, prefix="/admin")
 
     @app.websocket("/ws")
@@ -163,12 +168,45 @@ class TestWhoMay:
             assert response.status_code == status
         assert not (await memory.layer.history("room:1")).messages
 
-    @pytest.mark.parametrize("value", [False, None, 0, ""])
-    async def test_what_is_not_true_is_refused(
-        self, memory: ConnectionManager, value: object
+    @pytest.mark.parametrize("value", [False, None, 0, "", 1, "ada", {"id": 7, "is_admin": False}])
+    @pytest.mark.parametrize(("method", "path", "body"), ENDPOINTS)
+    async def test_nothing_but_true_allows(
+        self,
+        memory: ConnectionManager,
+        caplog: pytest.LogCaptureFixture,
+        value: object,
+        method: str,
+        path: str,
+        body: Any,
     ) -> None:
+        """A dependency that gives the user who has signed in lets no user administer."""
         async with client(application(memory, authorize=lambda: value)) as http:
-            assert (await http.get("/admin/connections")).status_code == 403
+            response = await http.request(method, f"/admin/{path}", json=body)
+            assert response.status_code == 403
+        assert "only True allows" in caplog.text
+        assert "7" not in caplog.text  # nor who it was
+
+    @pytest.mark.parametrize(
+        ("path", "body"), [(path, body) for method, path, body in ENDPOINTS if method == "POST"]
+    )
+    @pytest.mark.parametrize("content_type", [None, "text/plain", "text/plain;application/json"])
+    async def test_a_form_of_another_site_does_nothing(
+        self,
+        memory: ConnectionManager,
+        caplog: pytest.LogCaptureFixture,
+        path: str,
+        body: Any,
+        content_type: str | None,
+    ) -> None:
+        """A page may send such requests anywhere, with the cookies of the administrator."""
+        caplog.set_level(logging.INFO, "pgchannels.web.admin")
+        headers = {} if content_type is None else {"content-type": content_type}
+        async with client(application(memory)) as http:
+            content = json.dumps(body).encode()
+            response = await http.post(f"/admin/{path}", content=content, headers=headers)
+            assert response.status_code == 422
+            assert "pgchannels.web.admin" not in {record.name for record in caplog.records}
+            assert (await http.post(f"/admin/{path}", json=body)).is_success
 
 
 class TestSending:
@@ -431,14 +469,21 @@ class TestLog:
         self, memory: ConnectionManager, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.INFO, "pgchannels.web.admin")
-        user = {"id": 7, "password": "secret"}
-        for options in ({}, {"who": lambda user: f"user {user['id']}"}):
-            app = application(memory, authorize=lambda: user, **options)
-            async with client(app) as http:
+
+        def name_of(authorization: Annotated[str, Header()]) -> str:
+            return f"the {authorization}"
+
+        for who in (None, name_of):
+            async with client(application(memory, who=who)) as http:
                 await http.post("/admin/announcements", json=HELLO)
         records = [r for r in caplog.records if r.name == "pgchannels.web.admin"]
-        assert [r.admin for r in records] == [None, "user 7"]  # type: ignore[attr-defined]
-        assert "secret" not in caplog.text
+        assert [r.admin for r in records] == [None, "the admin"]  # type: ignore[attr-defined]
+
+    async def test_what_is_no_name_is_not_taken_for_one(self, memory: ConnectionManager) -> None:
+        """The whole user, say, with a password in its repr()."""
+        async with client(application(memory, who=lambda: {"id": 7})) as http:
+            with pytest.raises(ConfigurationError, match="who= must give a str, not a dict"):
+                await http.post("/admin/announcements", json=HELLO)
 
     async def test_failures_and_refusals_are_in_it(
         self, memory: ConnectionManager, caplog: pytest.LogCaptureFixture

@@ -474,6 +474,17 @@ async def test_revoked_tokens_close_their_sockets_and_are_no_good_any_more(rooms
         assert answer.status_code == 401
 
 
+@pytest.mark.parametrize(
+    "body",
+    [r'{"user": "\ud800", "password": ""}', r'{"user": "\ud800"}', '{"user": NaN, "password": ""}'],
+)
+async def test_a_sign_in_that_no_answer_could_repeat(rooms: Running, body: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = await rooms.request("POST", "/token", content=body, headers=headers)
+    assert answer.status_code == 422
+    assert all(each.keys() == {"type", "loc", "msg"} for each in answer.json()["detail"])
+
+
 async def test_after_a_revocation_a_new_sign_in_is_good(rooms: Running) -> None:
     admin = bearer(await token(rooms, "admin"))
     await rooms.request("POST", "/admin/revocations", json={"user_id": "ada"}, headers=admin)

@@ -139,6 +139,27 @@ class TestStatus:
             assert (await http.get("/health/live")).json() == {"status": "alive"}
             assert (await http.get("/health/ready")).status_code == 200
 
+    async def test_a_guard_that_returns_false_refuses(self, memory: ConnectionManager) -> None:
+        """FastAPI looks at no result: the same function as for admin_router() would let all in."""
+
+        def is_admin(request: Request) -> bool:
+            return request.headers.get("authorization") == "admin"
+
+        app = application(memory, public=False, dependencies=[Depends(is_admin)])
+        async with client(app) as http:
+            assert (await http.get("/status")).status_code == 403
+            headers = {"authorization": "admin"}
+            assert (await http.get("/status", headers=headers)).status_code == 200
+
+    async def test_clients_do_not_choose_how_long_it_is(self, memory: ConnectionManager) -> None:
+        """They may close with any of two thousand codes."""
+        memory._counts.closed.update([1000, 1008, *range(3000, 5000), 65535])
+        async with client(application(memory)) as http:
+            closed = (await http.get("/status")).json()["closed"]
+        assert len(closed) < 10
+        assert sum(closed.values()) == 2003
+        assert (closed["1000"], closed["4xxx"], closed["other"]) == (1, 1000, 1)
+
     async def test_the_database_is_away(self, database_url: str) -> None:
         async with TcpProxy(database_url) as proxy, PostgresLayer(proxy.url) as layer:
             await proxy.cut(refuse=True)

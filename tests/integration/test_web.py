@@ -278,6 +278,15 @@ class TestHistory:
             for channel in ("room", "not valid"):
                 assert (await client.get(path(channel))).status_code == 403
 
+    @pytest.mark.parametrize("value", [1, "ada", {"id": 7}])
+    async def test_nothing_but_true_allows(
+        self, layer: PostgresLayer, caplog: pytest.LogCaptureFixture, value: object
+    ) -> None:
+        """A dependency that gives the user who has signed in lets no user read all channels."""
+        async with api(layer, lambda: value) as client:
+            assert (await client.get(path("room"))).status_code == 403
+        assert "only True allows" in caplog.text
+
     async def test_authorize_is_a_dependency(self, layer: PostgresLayer) -> None:
         def authorize(channel: str, request: Request, token: str = "") -> bool:
             if not token:

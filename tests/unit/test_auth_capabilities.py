@@ -36,6 +36,35 @@ TABLE = {
 }
 
 
+PRESENCE = "presence:room:tea"
+CONNECTION = f"ws.{'0' * 32}.{'1' * 16}"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "channel", "expected"),
+    [
+        ("*", PRESENCE, False),
+        ("p*", PRESENCE, False),
+        ("presence*", PRESENCE, False),
+        ("presence:*", PRESENCE, True),
+        ("presence:room:*", PRESENCE, True),
+        ("presence:news:*", PRESENCE, False),
+        (PRESENCE, PRESENCE, True),
+        ("*", CONNECTION, False),
+        ("ws.*", CONNECTION, False),
+        (CONNECTION[:-1] + "*", CONNECTION, False),
+        (CONNECTION, CONNECTION, True),
+        ("ws.*", "ws.news", True),
+    ],
+)
+def test_a_star_reaches_no_connection_and_no_presence_unless_named(
+    pattern: str, channel: str, expected: bool
+) -> None:
+    """Who may publish everywhere writes to no other client alone, and makes up no presence."""
+    for action in ACTIONS:
+        assert Grants({pattern: ["*"]}).allow(action, channel) is expected
+
+
 @pytest.mark.parametrize(
     ("action", "channel", "allowed"),
     [

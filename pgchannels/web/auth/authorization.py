@@ -13,7 +13,13 @@ from weakref import ref
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
-from pgchannels.channels import MAX_CHANNEL_LENGTH, RESERVED, check_channel
+from pgchannels.channels import (
+    MAX_CHANNEL_LENGTH,
+    PRESENCE,
+    RESERVED,
+    check_channel,
+    is_connection,
+)
 from pgchannels.errors import ConfigurationError, InvalidChannel
 from pgchannels.web.auth.identity import Identity
 from pgchannels.web.errors import AuthorizationError, SocketError
@@ -70,6 +76,9 @@ class Grants:
     A pattern is a channel's name, or the beginning of names and a ``*`` for whatever follows. What
     is allowed is the union of all that match; ``"*"`` among the actions is all of them.
 
+    No ``*`` reaches the channel of a connection, and only ``presence:…*`` reaches the channels that
+    tell who is present: name them.
+
     Raises:
         ValueError: it is not such a table. What it holds does not stand in the message.
     """
@@ -94,8 +103,15 @@ class Grants:
     def allow(self, action: Action, channel: str) -> bool:
         if channel.startswith(RESERVED):
             return False  # everyone's, for one: no capability is meant to reach all there are
-        return action in self._exact.get(channel, ()) or any(
-            action in allowed and channel.startswith(prefix) for prefix, allowed in self._prefixes
+        if action in self._exact.get(channel, ()):
+            return True
+        if is_connection(channel):
+            return False  # another client's
+        # An event of presence is the log's own word, not that of whoever may publish to all rooms.
+        needed = PRESENCE if channel.startswith(PRESENCE) else ""
+        return any(
+            action in allowed and channel.startswith(prefix) and prefix.startswith(needed)
+            for prefix, allowed in self._prefixes
         )
 
 
