@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
@@ -22,6 +22,8 @@ from pgchannels.web.codes import NORMAL, SENDABLE
 from pgchannels.web.error_handlers import answering
 
 if TYPE_CHECKING:
+    from starlette.types import Message
+
     from pgchannels.records import ConnectionInfo, Receipt
     from pgchannels.web.connections import ConnectionManager
 
@@ -30,6 +32,7 @@ __all__ = ["admin_router"]
 logger = logging.getLogger("pgchannels.web.admin")
 
 MAX_REASON = 123
+_BODY_OVERHEAD = 64 * 1024
 # Seconds. A timedelta counts microseconds: of less, nothing would be left.
 MIN_KEEP = 1e-6
 MAX_KEEP = 10 * 365 * 86_400
@@ -170,18 +173,21 @@ class ConnectionPage(BaseModel):
 
 
 class _Route(APIRoute):
-    """Says what is wrong about a body, without ``input``.
+    """A route that reads bodies up to a limit, and describes what is wrong without ``input``.
 
-    That is what was sent, and need not be anything that a response can hold: half of a surrogate
-    pair, NaN, a thousand arrays in one another.
+    FastAPI reads and parses a body before it asks who sends it. The input is what was sent, and
+    need not be anything that a response can hold: half of a surrogate pair, NaN, a thousand arrays
+    in one another.
     """
+
+    max_size: ClassVar[int]
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
             try:
-                return await handler(request)
+                return await handler(_bounded(request, self.max_size))
             except RequestValidationError as error:
                 found = [
                     {name: problem[name] for name in ("type", "loc", "msg")}
@@ -191,6 +197,20 @@ class _Route(APIRoute):
             raise RequestValidationError(found)
 
         return handle
+
+
+def _bounded(request: Request, limit: int) -> Request:
+    size = 0
+
+    async def receive() -> "Message":
+        nonlocal size
+        message = await request.receive()
+        size += len(message.get("body", b""))
+        if size > limit:
+            raise HTTPException(413, f"a body has at most {limit} bytes")
+        return message
+
+    return Request(request.scope, receive)
 
 
 def admin_router(
@@ -250,8 +270,13 @@ def admin_router(
             raise ConfigurationError(f"who= must give a str, not a {type(name).__name__}")
         return None if who is None else str(name)
 
-    router = APIRouter(**{"tags": ["admin"], "route_class": _Route, **options})
     layer = connections.layer
+
+    class Route(_Route):
+        # A character may be escaped by six bytes; a payload that is too large is refused later.
+        max_size = _BODY_OVERHEAD + 6 * layer.settings.max_message_size
+
+    router = APIRouter(**{"tags": ["admin"], "route_class": Route, **options})
 
     @router.post("/announcements", status_code=201)
     async def announce(admin: Annotated[str | None, Depends(admitted)], body: Announcement) -> Sent:

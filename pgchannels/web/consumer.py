@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from functools import lru_cache
 from inspect import Parameter, iscoroutinefunction
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -44,6 +46,19 @@ if TYPE_CHECKING:
 __all__ = ["WebSocketConsumer"]
 
 logger = logging.getLogger("pgchannels.web")
+
+
+@lru_cache(maxsize=1000)
+def _warn(message: str, created_at: datetime, handler: str, found: str) -> None:
+    """Log it once a message and handler, however many sockets receive the message.
+
+    Args:
+        message: its position and channel, which messages of two logs may have in common.
+        created_at: so that these are told apart.
+        handler: its name.
+        found: why the message does not fit.
+    """
+    logger.warning("%s does not fit %s, and is dropped: %s", message, handler, found)
 
 
 class _Connect(NamedTuple):
@@ -228,13 +243,8 @@ class WebSocketConsumer(Connection):
         try:
             argument = handler.convert(message)
         except ValidationError as error:
-            logger.warning(
-                "message %s of %r does not fit %s, and is dropped: %s",
-                message.position,
-                message.channel,
-                handler.name,
-                problems(error),
-            )
+            where = f"message {message.position} of {message.channel!r}"
+            _warn(where, message.created_at, handler.name, str(problems(error)))
         else:
             await handler.function(self, argument)
 

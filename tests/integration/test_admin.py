@@ -409,6 +409,24 @@ class TestWhatIsWrong:
         assert problem.keys() == {"type", "loc", "msg"}
         assert where in f"{problem['loc']} {problem['msg']}"
 
+    async def test_a_strangers_body_is_not_read_to_its_end(self) -> None:
+        """FastAPI reads and parses a body before it asks who sends it."""
+        sent = 0
+
+        async def endless() -> AsyncIterator[bytes]:
+            nonlocal sent
+            yield b'{"payload": {"a": "'
+            while sent < 100:
+                sent += 1
+                yield b"x" * 10_000
+
+        connections = ConnectionManager(MemoryLayer(Settings(max_message_size=10_000)))
+        async with client(application(connections), "nobody") as http:
+            headers = {"content-type": "application/json"}
+            response = await http.post("/admin/announcements", content=endless(), headers=headers)
+        assert response.status_code == 413
+        assert sent < 100
+
     async def test_the_least_that_can_be_kept(self, memory: ConnectionManager) -> None:
         async with client(application(memory)) as http:
             body = {"user_id": "7", "keep": 1e-6}

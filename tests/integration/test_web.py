@@ -178,7 +178,7 @@ class TestHistory:
         await fill(layer, "room", 40)
         found: list[list[int]] = []
         # So that a page ends before it has found anything.
-        monkeypatch.setattr("pgchannels.layer._MAX_FILTERED_PAGES", 1)
+        monkeypatch.setattr("pgchannels.layer._MAX_SPARSE_PAGES", 1)
         async with api(layer) as client:
             text = quote("$.n == 7 || $.n >= 20 && !($['n'] != 30)")
             url: str | None = f"{path('room')}?limit=4&filter={text}"
