@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import orjson
 
 from pgchannels.errors import InvalidFilter
+from pgchannels.payloads import loads
 
 if TYPE_CHECKING:
     from pgchannels.messages import Message
@@ -342,7 +343,7 @@ class _Parser:
             value = _WORDS[word]
         elif (number := self._match(_NUMBER)) is not None:
             try:
-                value = orjson.loads(number)  # so that it is read as those in payloads are
+                value = loads(number)  # so that it is read as those in payloads are
             except orjson.JSONDecodeError:
                 self._fail("the number is too large", start)
         else:

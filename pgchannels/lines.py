@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from pgchannels.errors import InvalidPayload, PGChannelsError
+from pgchannels.payloads import loads
 
 if TYPE_CHECKING:
     from pgchannels.messages import Message
@@ -62,7 +63,7 @@ class KeptText:
         return self._text
 
     def loads(self, text: str) -> dict[str, Any]:
-        loaded: dict[str, Any] = orjson.loads(text)
+        loaded: dict[str, Any] = loads(text)
         return loaded
 
 

@@ -14,20 +14,28 @@ import re
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from pgchannels.channels import DIRECT
 from pgchannels.errors import InvalidMessage, InvalidPayload, InvalidPosition, PGChannelsError
-from pgchannels.payloads import DEFAULT, Serializer, attach, encode_payload
+from pgchannels.payloads import DEFAULT, Serializer, attach, encode_payload, loads
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
-__all__ = ["BEGINNING", "Message", "Position", "check_ttl", "parse_start"]
+__all__ = ["BEGINNING", "Message", "Position", "check_ttl", "parse_start", "validated"]
+
+T = TypeVar("T")
+
+# Of a failed validation, as much as a log line can take.
+_MAX_PROBLEMS = 3
+_MAX_PROBLEM = 200
 
 _POSITION = re.compile(r"([1-9][0-9]{0,8})-(0|[1-9][0-9]{0,18})", re.ASCII)
 _MAX_ID = 2**63 - 1
@@ -256,6 +264,28 @@ class Message(Mapping[str, Any]):
             self._type = kind if isinstance(kind, str) else None  # kept, if data is changed
         return data
 
+    def parse(self, model: type[T] | TypeAdapter[T]) -> T:
+        """The payload, validated: as a pydantic model, or any type that a ``TypeAdapter`` takes.
+
+        As JSON, so that a strict model takes what it was published as. With attachments, or by a
+        serialiser of the application's, :attr:`data` is validated.
+
+        Raises:
+            InvalidPayload: it does not fit, or cannot be parsed. The sentence says which message it
+                is and what is wrong; its cause is pydantic's ``ValidationError``.
+        """
+        try:
+            return validated(self, model)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_context=False, include_input=False)
+            problems = [_problem(each["loc"], each["msg"]) for each in found[:_MAX_PROBLEMS]]
+            if len(found) > len(problems):
+                problems.append(f"and {len(found) - len(problems)} more")
+            raise InvalidPayload(
+                f"message {self.position} of {self.channel!r} is no valid "
+                f"{getattr(model, '__name__', model)}: {'; '.join(problems)}"
+            ) from error
+
     @property
     def document(self) -> dict[str, Any] | None:
         """The payload as the JSON that it is, whatever the serialiser: null where bytes belong.
@@ -268,7 +298,7 @@ class Message(Mapping[str, Any]):
         if self._document is _UNREAD:
             is_data = self._serializer is DEFAULT and not self._attachments
             try:
-                self._document = self.data if is_data else orjson.loads(self.payload)
+                self._document = self.data if is_data else loads(self.payload)
             except ValueError:
                 self._document = None
         return self._document
@@ -422,6 +452,36 @@ class Message(Mapping[str, Any]):
     def __repr__(self) -> str:
         payload = self.payload if len(self.payload) <= 80 else self.payload[:77] + "..."
         return f"<Message {self.position} {self.channel!r} {payload!r}>"
+
+
+def validated(message: Message, model: type[T] | TypeAdapter[T]) -> T:
+    """As :meth:`Message.parse`, but raises pydantic's ``ValidationError`` itself."""
+    adapter: TypeAdapter[T] = model if isinstance(model, TypeAdapter) else _adapter(model)
+    if not message.attachments and message._serializer is DEFAULT:  # noqa: SLF001
+        try:
+            return adapter.validate_json(message.payload)
+        except ValidationError as error:
+            # Pydantic's parser does not go as deep as ours.
+            if error.errors(include_url=False, include_input=False)[0]["type"] != "json_invalid":
+                raise
+    return adapter.validate_python(message.data)
+
+
+def _adapter(model: Any) -> TypeAdapter[Any]:
+    try:
+        return _kept_adapter(model)
+    except TypeError:  # an annotation that cannot be hashed
+        return TypeAdapter(model)
+
+
+@lru_cache(maxsize=256)
+def _kept_adapter(model: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(model)
+
+
+def _problem(place: tuple[int | str, ...], reason: str) -> str:
+    # Keys are the publisher's, and some sentences repeat a value.
+    return f"{'.'.join(map(str, place)) or 'payload'}: {reason}"[:_MAX_PROBLEM]
 
 
 def _texts(header: str | None) -> list[str] | None:

@@ -27,23 +27,53 @@ begin
 end
 $$;
 
--- A JSON object of at most 16 MiB without lone surrogates. The type json checks escapes for their
--- form only ("\ud800" passes), and what cannot be decoded must not reach a reader. Most texts have
--- no \u escape at all; of the others, those with a surrogate are looked at: escaped backslashes
--- are blanked first (they may stand before a "u"), then whole pairs; a surrogate that is left is
--- lone. Blanked, not taken out, or the halves on either side would become neighbours.
+-- A JSON object of at most 16 MiB that every reader can decode. The type json checks the form only.
+-- Refused are half of a surrogate pair ("\ud800"), a number beyond the range of a double (1e400), and
+-- more than 500 arrays and objects in each other. Few texts can hold any of these, so each rule
+-- begins with a quick look at the text; only what that finds is examined.
+--
+-- Surrogates: most texts have no \u escape at all; of the others, those with a surrogate are looked at:
+-- escaped backslashes are blanked first (they may stand before a "u"), then whole pairs; a surrogate
+-- that is left is lone. Blanked, not taken out, or the halves on either side would become neighbours.
+--
+-- Numbers and depth: a large number has an exponent of three digits, or very many digits. Depth needs
+-- as many opening brackets, without those of neighbours: an object that begins where another one has
+-- ended is no deeper. jsonb knows the rest, without the one escape that it refuses.
 create function pgchannels.is_payload(payload json) returns boolean
 language plpgsql immutable strict parallel safe
 as $$
+declare
+    large boolean;
+    known text;
+    parsed jsonb;
 begin
-    return json_typeof(payload) = 'object'
-       and octet_length(payload::text) <= 16777216
-       and (strpos(payload::text, E'\\u') = 0
-            or payload::text !~ E'\\\\u[dD][89a-fA-F]'
-            or regexp_replace(
-                   replace(payload::text, E'\\\\', ' '),
-                   E'\\\\u[dD][89abAB][0-9a-fA-F]{2}\\\\u[dD][c-fC-F][0-9a-fA-F]{2}', ' ', 'g')
-               !~ E'\\\\u[dD][89a-fA-F]');
+    if json_typeof(payload) <> 'object'
+       or octet_length(payload::text) > 16777216
+       or strpos(payload::text, E'\\u') > 0
+          and payload::text ~ E'\\\\u[dD][89a-fA-F]'
+          and regexp_replace(
+                  replace(payload::text, E'\\\\', ' '),
+                  E'\\\\u[dD][89abAB][0-9a-fA-F]{2}\\\\u[dD][c-fC-F][0-9a-fA-F]{2}', ' ', 'g')
+              ~ E'\\\\u[dD][89a-fA-F]' then
+        return false;
+    end if;
+    large := payload::text ~ '[,:\s[]-?[0-9]([0-9.]*[eE]\+?[0-9]{3}|[0-9]{24})';
+    if large
+       or octet_length(payload::text) > 1000
+          and octet_length(payload::text) - octet_length(replace(replace(replace(replace(
+                  payload::text, '},{', '}, '), '}, {', '},  '), '{', ''), '[', '')) > 500 then
+        known := replace(replace(payload::text, E'\\\\', ''), E'\\u0000', '');
+        if not pg_input_is_valid(known, 'jsonb') then
+            return false;  -- a number beyond even what jsonb can hold
+        end if;
+        parsed := known;
+        return not (large and jsonb_path_exists(
+                       parsed, 'strict $.** ? (@.type() == "number" && '
+                               '(@ >= 1.797693134862315807e308 || @ <= -1.797693134862315807e308))'))
+           and not jsonb_path_exists(
+                       parsed, 'strict $.**{500} ? (@.type() == "object" || @.type() == "array")');
+    end if;
+    return true;
 end
 $$;
 
@@ -200,10 +230,10 @@ begin
                 when payload is null then 'it is NULL'
                 when json_typeof(payload) <> 'object' then 'it is a JSON ' || json_typeof(payload)
                 when octet_length(payload::text) > 16777216 then 'it has more than 16 MiB'
-                else 'it holds half of a surrogate pair'
+                else 'it holds what readers cannot decode'
             end
             using errcode = 'invalid_parameter_value',
-                  hint = 'A payload is a JSON object of at most 16 MiB.';
+                  hint = 'A payload is a JSON object of at most 16 MiB, without halves of surrogate pairs, numbers beyond the range of a double, or more than 500 levels.';
     end if;
     if ttl <= interval '0' then
         raise exception 'invalid ttl %: it must be positive', ttl

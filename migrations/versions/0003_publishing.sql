@@ -41,7 +41,10 @@ begin
                 when payload is null then 'it is NULL'
                 when json_typeof(payload) <> 'object' then 'it is a JSON ' || json_typeof(payload)
                 when octet_length(payload::text) > 16777216 then 'it has more than 16 MiB'
-                else 'it holds half of a surrogate pair'
+                when pgchannels.is_payload(regexp_replace(replace(payload::text, E'\\\\', ' '),
+                                                          E'\\\\u[dD][89a-fA-F][0-9a-fA-F]{2}', ' ', 'g')::json)
+                    then 'it holds half of a surrogate pair'
+                else 'it holds a number beyond the range of a double, or more than 500 arrays and objects in each other'
             end
             using errcode = 'invalid_parameter_value',
                   hint = 'A payload is a JSON object of at most 16 MiB.';

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ValidationError
 from pgchannels.channels import check_channel, user_channel
 from pgchannels.errors import InvalidChannel, InvalidPayload, InvalidUser, MessageTooLarge
 from pgchannels.orm.change import Change
-from pgchannels.orm.contents import plain
 from pgchannels.orm.outbox import Outlet
 from pgchannels.orm.plans import PlannedRule
 from pgchannels.orm.rules import Users
@@ -104,8 +103,6 @@ def _encode(
     content: Any
     if rule.model is not None:
         content = _validated(rule.model, write, change)
-        if outlet.wants_plain_values:
-            content = plain(content)
     elif rule.payload is not None:
         content = rule.payload(change)
         if content is None:
@@ -136,8 +133,6 @@ def _encode_default(
             for name in write.plan.columns
             if name in change.changed and (name in write.state.dict or name not in write.filled)
         }
-    if outlet.wants_plain_values:
-        parts = {part: _plain_values(write, values) for part, values in parts.items()}
     payload = {"type": f"{planned.table}.{_PAST[change.operation]}", **parts}
     rule = planned.rule
     try:
@@ -147,16 +142,6 @@ def _encode_default(
             for name, value in values.items():
                 _check_value(write, name, value, outlet)
         raise
-
-
-def _plain_values(write: Write, values: dict[str, Any]) -> dict[str, Any]:
-    converted: dict[str, Any] = {}
-    for name, value in values.items():
-        try:
-            converted[name] = plain(value)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise _refused(write, name, error) from error
-    return converted
 
 
 def _check_value(write: Write, name: str, value: Any, outlet: Outlet) -> None:

@@ -34,7 +34,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import registry
 
 from pgchannels.layer import ChannelLayer, outgoing
-from pgchannels.payloads import DEFAULT, JSONSerializer, Serializer
+from pgchannels.payloads import DEFAULT, Serializer
 from pgchannels.records import Outgoing, flatten
 from pgchannels.schema import EncodedJSON, outbox
 from pgchannels.settings import Settings
@@ -54,11 +54,6 @@ class Outlet(NamedTuple):
     @property
     def serializer(self) -> Serializer:
         return DEFAULT if self.layer is None else self.layer.serializer
-
-    @property
-    def wants_plain_values(self) -> bool:
-        """Whether attributes' values have to be converted. One's own serialiser may know them."""
-        return type(self.serializer) is JSONSerializer
 
     def message(
         self,

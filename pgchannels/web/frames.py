@@ -7,11 +7,11 @@ from base64 import b64encode
 from functools import lru_cache
 from typing import Any
 
-import orjson
 from pydantic import BaseModel
 
 from pgchannels.errors import InvalidPayload
 from pgchannels.messages import FRAME, Message
+from pgchannels.payloads import encode, plain
 
 __all__ = ["encode_json", "unwrapped"]
 
@@ -19,11 +19,12 @@ logger = logging.getLogger("pgchannels.web")
 
 
 def encode_json(content: Any) -> str:
-    """Encode what orjson does, pydantic models and messages (their data), also inside of others.
+    """Encode what a payload may hold, but for bytes; messages as their data. Also inside of others.
 
     Raises:
         TypeError: for what cannot be encoded.
-        InvalidPayload: it is nested too deep. It is data that is so, seldom code.
+        InvalidPayload: it is nested too deep, holds NaN or an infinity, or an integer beyond 64
+            bits. It is data that is so, seldom code.
     """
     return _encode(content, with_bytes=False)
 
@@ -56,19 +57,20 @@ def _warn(position: str, channel: str, error: str) -> None:
 
 def _encode(content: Any, *, with_bytes: bool) -> str:
     try:
-        return orjson.dumps(content, _plain_with_bytes if with_bytes else _plain).decode()
+        return encode(content, _plain_with_bytes if with_bytes else _plain)
     except TypeError as error:
         if "ecursion" in str(error):
             raise InvalidPayload("it is nested too deep") from error
+        if "64-bit" in str(error):
+            raise InvalidPayload("it holds an integer beyond 64 bits; send it as a text") from error
         raise
+    except ValueError as error:
+        raise InvalidPayload(str(error)) from error
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, Message):
-        return value.data
-    raise TypeError
+    # A frame has no attachments: bytes in a model are what the model says.
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else plain(value)
 
 
 def _plain_with_bytes(value: object) -> object:

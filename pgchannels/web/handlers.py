@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from pgchannels.errors import ConfigurationError, InvalidPayload
-from pgchannels.messages import Message
+from pgchannels.messages import Message, validated
 from pgchannels.web.annotations import Unresolved, parameters
 from pgchannels.web.overriding import is_ours
 
@@ -275,7 +275,7 @@ def _not_a_message(value: Any) -> Any:
 
 
 def _validated_payload(model: type[BaseModel], message: Message) -> BaseModel:
-    return model.model_validate(message.data)
+    return validated(message, model)
 
 
 def _candidate(types: Collection[str]) -> re.Pattern[str]:

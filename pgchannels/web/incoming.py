@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, overload
 
-import orjson
-
+from pgchannels.payloads import loads
 from pgchannels.web.errors import ValidationFailed
 from pgchannels.web.frames import encode_json
 
@@ -63,16 +62,17 @@ class Frame:
         Changing it changes nothing for the middleware and the application behind:
         :meth:`replace` does that.
 
-        What is not JSON by RFC 8259 is refused: NaN, a number that is infinite as a double, half of
-        a surrogate pair, arrays and objects that are more than 1024 levels deep.
+        Integers are exact, however large. What is not JSON by RFC 8259 is refused: NaN, a number
+        that is infinite as a double, half of a surrogate pair, arrays and objects that are more
+        than 1024 levels deep.
 
         Raises:
             ValidationFailed: ``invalid_json``.
         """
         if self._error is None:
             try:
-                return orjson.loads(self._raw)
-            except orjson.JSONDecodeError as error:
+                return loads(self._raw)
+            except ValueError as error:
                 self._error = str(error)
         raise ValidationFailed(self._error, code="invalid_json")
 

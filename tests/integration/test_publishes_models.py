@@ -15,7 +15,7 @@ from typing import Any, cast
 import psycopg
 import pytest
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import event, orm
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import IntegrityError, PendingRollbackError, SAWarning
@@ -868,6 +868,33 @@ class OrderOut(BaseModel):
 
 class CustomerOut(BaseModel):
     name: str
+
+
+class Camel(BaseModel):
+    model_config = ConfigDict(from_attributes=True, serialize_by_alias=True)
+
+    id: int
+    total: decimal.Decimal = Field(decimal.Decimal("1.10"), alias="grandTotal")
+
+
+def test_a_model_has_one_text_however_it_is_published(
+    engine: sa.Engine, base: Any, make: sessionmaker[Session], log: Log
+) -> None:
+    @publishes("rows", payload=Camel, on="insert")
+    @publishes("rows", payload=lambda change: Camel(id=change.object.id), on="insert")
+    @publishes("rows", payload=lambda change: {"in": [Camel(id=1)]}, on="insert")
+    class Thing(base):  # type: ignore[misc]
+        __tablename__ = "things"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    base.metadata.create_all(engine)
+    with make() as session:
+        publish(session, "rows", Camel(id=1))
+        publish(session, "rows", {"in": [Camel(id=1)]})
+        session.add(Thing())
+        session.commit()
+    text = {"id": 1, "grandTotal": "1.10"}
+    assert sorted(log.payloads(), key=repr) == [text, text, text, {"in": [text]}, {"in": [text]}]
 
 
 class TestFunctions:

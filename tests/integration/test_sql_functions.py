@@ -117,6 +117,69 @@ class TestIsPayload:
     def test_objects_only(self, connection: Connection, text: str, expected: bool) -> None:
         assert value(connection, "select pgchannels.is_payload(%s)", text) is expected
 
+    @pytest.mark.parametrize(
+        "number",
+        [
+            *("1e400", "-1e400", "1E+309", "1e308", "1e-400", "0e999", "-0.0e400", "12.5e0308"),
+            *("1.7976931348623157e308", "1.7976931348623159e308", "1e999999", "1e+000000000000005"),
+            *("1" + "0" * 400, "9" * 308, "9" * 309, "1" + "0" * 400 + "e-300", "1" * 30),
+        ],
+    )
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '{"a":%s}',
+            '{"a": [1, %s ]}',
+            '{"\\\\u0000": "\\u0000\\"", "a":\n%s}',
+        ],
+    )
+    def test_numbers_within_the_range_of_a_double(
+        self, connection: Connection, text: str, number: str
+    ) -> None:
+        whole = text % number
+        try:
+            orjson.loads(whole)
+        except orjson.JSONDecodeError:
+            decodable = False
+        else:
+            decodable = True
+        assert value(connection, "select pgchannels.is_payload(%s)", whole) is decodable
+
+    @pytest.mark.parametrize("text", ["1e400", ": 1e400", ", 9" + "9" * 400, "[" * 600])
+    def test_what_looks_like_it_in_a_string_passes(self, connection: Connection, text: str) -> None:
+        assert value(connection, "select pgchannels.is_payload(%s)", f'{{"a": "{text}"}}') is True
+
+    @pytest.mark.parametrize("around", ["[%s]", '{"a":%s}', '[{"b": [%s], "c": 1}, {}]'])
+    def test_at_most_500_levels(self, connection: Connection, around: str) -> None:
+        levels = 3 if "b" in around else 1
+        for depth, expected in ((498, True), (500, True), (501, False), (1100, False)):
+            text, left = "1", depth - 1
+            while left >= levels:
+                text, left = around % text, left - levels
+            text = '{"x": ' + "[" * left + text + "]" * left + "}"
+            assert value(connection, "select pgchannels.is_payload(%s)", text) is expected
+
+    @pytest.mark.parametrize("separator", [",", ", ", ",\n"])
+    def test_many_neighbours_are_not_deep(self, connection: Connection, separator: str) -> None:
+        text = '{"a": [' + separator.join(['{"b": [1]}'] * 2000) + "]}"
+        assert value(connection, "select pgchannels.is_payload(%s)", text) is True
+
+    @pytest.mark.parametrize(
+        ("payload", "reason"),
+        [
+            ('{"a": "\\ud800"}', "half of a surrogate pair"),
+            ('{"a": 1e400}', "beyond the range of a double"),
+            ('{"a": ' + "[" * 500 + "]" * 500 + "}", "more than 500 arrays"),
+        ],
+    )
+    def test_publishers_read_why(self, connection: Connection, payload: str, reason: str) -> None:
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match=reason):
+            connection.execute("select pgchannels.publish('room', %s)", [payload])
+        with pytest.raises(psycopg.errors.CheckViolation, match="payload_is_valid"):
+            connection.execute(
+                "insert into pgchannels.outbox (channel, payload) values ('room', %s)", [payload]
+            )
+
     def test_the_size_is_in_bytes(self, connection: Connection) -> None:
         fits = '{"a":"' + "é" * (8 * MIB - 4) + '"}'
         assert len(fits.encode()) == 16 * MIB

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, assert_type
 
 from fastapi import Depends, FastAPI, WebSocket
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from starlette.requests import HTTPConnection
@@ -173,6 +173,9 @@ async def use() -> None:
     async with layer.subscribe("a", "b", after="0") as messages:
         async for message in messages:
             assert_type(message, Message)
+            assert_type(message.parse(Say), Say)
+            assert_type(message.parse(dict[str, int]), dict[str, int])
+            assert_type(message.parse(TypeAdapter(Say)), Say)
     page = await layer.history("a", since=datetime.now(UTC), limit=10, order="desc")
     assert_type(page.messages, list[Message])
     async with layer.follow("a", name="billing", after="0") as batches:

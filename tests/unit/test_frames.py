@@ -59,7 +59,13 @@ def test_what_is_too_deep_is_the_datas_fault() -> None:
         encode_json(DEEP)
 
 
-@pytest.mark.parametrize("value", [object(), {1: 2}, b"bytes", {1, 2}])
+@pytest.mark.parametrize("value", [float("nan"), [float("-inf")], 2**64])
+def test_numbers_that_cannot_be_encoded_are_the_datas_fault(value: object) -> None:
+    with pytest.raises(InvalidPayload):
+        encode_json({"value": value})
+
+
+@pytest.mark.parametrize("value", [object(), {1: 2}, b"bytes", iter([1])])
 def test_what_cannot_be_encoded_is_the_codes_fault(value: object) -> None:
     with pytest.raises(TypeError):
         encode_json({"value": value})

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pgchannels.channels import DIRECT
 from pgchannels.errors import InvalidMessage, InvalidPayload, InvalidPosition
@@ -424,6 +424,52 @@ class TestRecipients:
         assert not m.recipients
         assert not m.is_for(None)
         assert not m.is_for("ws.1")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    at: datetime
+    tags: set[str] = set()
+    picture: bytes = b""
+
+
+class TestParse:
+    def test_a_strict_model_takes_what_it_was_published_as(self) -> None:
+        model = Strict(at=CREATED, tags={"a"})
+        assert message(encode_payload(model, max_size=999).text.replace("null", '""')).parse(
+            Strict
+        ) == Strict(at=CREATED, tags={"a"})
+
+    def test_types_and_adapters(self) -> None:
+        m = message('{"a": 1, "b": 36893488147419103232}')
+        assert m.parse(dict[str, int]) == {"a": 1, "b": 2**65}
+        adapter: TypeAdapter[dict[str, int] | None] = TypeAdapter(dict[str, int] | None)
+        assert m.parse(adapter) == {"a": 1, "b": 2**65}
+
+    def test_with_attachments(self) -> None:
+        class Post(BaseModel):
+            picture: bytes
+
+        assert with_bytes({"picture": b"\xff"}).parse(Post) == Post(picture=b"\xff")
+
+    def test_deeper_than_pydantic_parses(self) -> None:
+        deep = "[" * 300 + "]" * 300
+        assert message(f'{{"a": {deep}}}').parse(dict[str, Any]) == {"a": json.loads(deep)}
+
+    def test_the_error_names_the_message_and_quotes_little(self) -> None:
+        text = json.dumps({"secret" * 1000: "x" * 10_000, **{str(n): "text" for n in range(50)}})
+        with pytest.raises(InvalidPayload) as raised:
+            message(text).parse(dict[str, int])
+        assert "message 1-7 of 'room:1' is no valid dict" in str(raised.value)
+        assert "and 48 more" in str(raised.value)
+        assert len(str(raised.value)) < 1000
+        assert "xxxx" not in str(raised.value)
+        assert isinstance(raised.value.__cause__, ValidationError)
+
+    def test_what_cannot_be_parsed(self) -> None:
+        with pytest.raises(InvalidPayload, match="cannot be parsed"):
+            message('{"a": ' + "[" * 1100 + "]" * 1100 + "}").parse(dict[str, Any])
 
 
 class TestAttachments:

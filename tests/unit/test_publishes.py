@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import decimal
 import enum
-import ipaddress
 import uuid
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from pydantic import BaseModel
 from sqlalchemy import orm
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -20,9 +16,7 @@ from pgchannels import ConfigurationError, InvalidChannel
 from pgchannels.channels import user_channel
 from pgchannels.errors import InvalidUser
 from pgchannels.orm import Change, publishes
-from pgchannels.orm.contents import plain
 from pgchannels.orm.template import Template, UserTemplate
-from pgchannels.payloads import encode_payload
 
 
 class Colour(enum.Enum):
@@ -131,45 +125,6 @@ class TestChange:
     def test_a_deleted_one_has_those_of_its_row(self) -> None:
         change = Change(self.Order(), "delete", frozenset(), {"status": "open"})
         assert (change.old("status"), change.old("name")) == ("open", "x")
-
-
-class Item(BaseModel):
-    price: decimal.Decimal
-    picture: bytes
-
-
-class TestPlain:
-    @pytest.mark.parametrize(
-        ("value", "expected"),
-        [
-            (None, None),
-            ("text", "text"),
-            (1, 1),
-            (decimal.Decimal("1.10"), "1.10"),
-            (timedelta(hours=1), "PT1H"),
-            (Colour.RED, "red"),
-            (b"\0\xff", b"\0\xff"),
-            ([decimal.Decimal(1), {"a": (decimal.Decimal(2),)}], ["1", {"a": ["2"]}]),
-            ({"only"}, ["only"]),
-            (ipaddress.ip_address("::1"), "::1"),
-            (time(1, 2, tzinfo=UTC), "01:02:00Z"),
-            (Item(price=decimal.Decimal("2.50"), picture=b"x"), {"price": "2.50", "picture": b"x"}),
-        ],
-    )
-    def test_converted(self, value: Any, expected: Any) -> None:
-        assert plain(value) == expected
-        encode_payload({"value": plain(value)}, max_size=1000)
-
-    @pytest.mark.parametrize(
-        "value", [uuid.UUID(int=1), datetime.now(UTC), date(2024, 1, 1), 1.5, True]
-    )
-    def test_left_alone(self, value: Any) -> None:
-        assert plain(value) is value
-
-    @pytest.mark.parametrize("value", [object(), [object()]])
-    def test_unknown(self, value: Any) -> None:
-        with pytest.raises(ValueError, match="object"):
-            plain(value)
 
 
 async def awaitable(change: Any) -> Any: ...
