@@ -276,7 +276,9 @@ def admin_router(
         # A character may be escaped by six bytes; a payload that is too large is refused later.
         max_size = _BODY_OVERHEAD + 6 * layer.settings.max_message_size
 
-    router = APIRouter(**{"tags": ["admin"], "route_class": Route, **options})
+    # Also in an application that takes any body for JSON: pages of other sites may send those.
+    strict = {"strict_content_type": True}
+    router = APIRouter(**{"tags": ["admin"], "route_class": Route, **strict, **options})
 
     @router.post("/announcements", status_code=201)
     async def announce(admin: Annotated[str | None, Depends(admitted)], body: Announcement) -> Sent:

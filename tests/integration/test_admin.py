@@ -45,8 +45,10 @@ def ada() -> str:
     return "ada"
 
 
-def application(connections: ConnectionManager, **options: Any) -> FastAPI:
-    app = FastAPI()
+def application(
+    connections: ConnectionManager, app: FastAPI | None = None, **options: Any
+) -> FastAPI:
+    app = app or FastAPI()
     router = connections.admin_router(**{"authorize": admin, "who": ada, **options})
     app.include_router(router, prefix="/admin")
 
@@ -189,6 +191,7 @@ class TestWhoMay:
     @pytest.mark.parametrize(
         ("path", "body"), [(path, body) for method, path, body in ENDPOINTS if method == "POST"]
     )
+    @pytest.mark.parametrize("strict", [True, False])
     @pytest.mark.parametrize("content_type", [None, "text/plain", "text/plain;application/json"])
     async def test_a_form_of_another_site_does_nothing(
         self,
@@ -197,11 +200,13 @@ class TestWhoMay:
         path: str,
         body: Any,
         content_type: str | None,
+        strict: bool,
     ) -> None:
         """A page may send such requests anywhere, with the cookies of the administrator."""
         caplog.set_level(logging.INFO, "pgchannels.web.admin")
         headers = {} if content_type is None else {"content-type": content_type}
-        async with client(application(memory)) as http:
+        app = FastAPI(strict_content_type=strict)
+        async with client(application(memory, app)) as http:
             content = json.dumps(body).encode()
             response = await http.post(f"/admin/{path}", content=content, headers=headers)
             assert response.status_code == 422
