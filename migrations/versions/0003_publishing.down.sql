@@ -7,7 +7,7 @@ drop function pgchannels.regrant();
 drop function pgchannels.grant_access(text, text, boolean);
 drop function pgchannels.watch(regclass, text, text[], jsonpath, text[], text);
 drop function pgchannels.unwatch(regclass, text, text);
-drop function pgchannels.watched_change(text, text[], text[], jsonpath, jsonb, jsonb);
+drop function pgchannels.watched_change(text, text[], text[], jsonpath, jsonb, jsonb, oid);
 drop function pgchannels.watched_channel(text[], jsonb, boolean, boolean);
 drop function pgchannels.publish_many(text[], json[], interval, text[], text[], interval);
 drop function pgchannels.publish(text, json, interval, text, boolean, text[], text, text, interval);

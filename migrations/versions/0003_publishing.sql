@@ -364,16 +364,20 @@ $$;
 
 -- What is published of a row; null if nothing is. A row that was inserted has no "before", one that
 -- was deleted no "after".
+-- Of a column that is bigint or numeric, a number that a double does not hold exactly is a text in the
+-- message: readers that round it would take it for another one, and as a key, for another row.
 create function pgchannels.watched_change(
-    kind text, key text[], columns text[], condition jsonpath, before jsonb, after jsonb)
+    kind text, key text[], columns text[], condition jsonpath, before jsonb, after jsonb, relation oid)
 returns json
-language plpgsql immutable parallel safe
+language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     identity jsonb;
     news jsonb := after;
     olds jsonb := before;
+    parts jsonb[];
+    change json;
 begin
     if condition is not null
        and not coalesce(jsonb_path_match(
@@ -396,11 +400,33 @@ begin
         select jsonb_object_agg(c.name, coalesce(after, before) -> c.name) into news from unnest(columns) c(name);
         olds := news;
     end if;
-    return case
+    change := case
         when before is null then json_build_object('type', kind, 'key', identity, 'new', news)
         when after is null then json_build_object('type', kind, 'key', identity, 'old', olds)
         else json_build_object('type', kind, 'key', identity, 'new', news, 'old', olds)
     end;
+    -- Few rows have a long number. Only for them are the types looked up, also those of domains.
+    if change::text ~ '": -?[0-9.]{16}' then
+        parts := array[identity, news, olds];
+        for place in 1 .. 3 loop
+            parts[place] := parts[place] || (
+                select coalesce(jsonb_object_agg(p.name, p.value), '{}')
+                  from jsonb_each_text(parts[place]) p(name, value)
+                 where p.value ~ '[0-9.]{16}'
+                   and case when jsonb_typeof(parts[place] -> p.name) <> 'number' then false
+                            when strpos(p.value, '.') = 0 then abs(p.value::numeric) > 9007199254740991
+                            else length(replace(ltrim(p.value, '-0'), '.', '')) > 15 end
+                   and exists (select from pg_attribute a join pg_type t on t.oid = a.atttypid
+                                where a.attrelid = relation and a.attname = p.name
+                                  and coalesce(nullif(t.typbasetype, 0), t.oid) in ('bigint'::regtype, 'numeric'::regtype)));
+        end loop;
+        change := case
+            when before is null then json_build_object('type', kind, 'key', parts[1], 'new', parts[2])
+            when after is null then json_build_object('type', kind, 'key', parts[1], 'old', parts[3])
+            else json_build_object('type', kind, 'key', parts[1], 'new', parts[2], 'old', parts[3])
+        end;
+    end if;
+    return change;
 end
 $$;
 
@@ -486,7 +512,7 @@ begin
         insert into pgchannels.outbox (channel, payload)
         select m.channel, m.payload
           from (select pgchannels.watched_channel(parts, c.row, true, is_user) as channel, c.payload
-                  from (select r.row, pgchannels.watched_change(kind, key, columns, condition, null, r.row) as payload
+                  from (select r.row, pgchannels.watched_change(kind, key, columns, condition, null, r.row, tg_relid) as payload
                           from (select to_jsonb(n.*) - unseen as row from new_rows n offset 0) r offset 0) c
                  where c.payload is not null offset 0) m
          where m.channel is not null;
@@ -494,7 +520,7 @@ begin
         insert into pgchannels.outbox (channel, payload)
         select c.channel, c.payload
           from (select pgchannels.watched_channel(parts, r.row, false, is_user) as channel,
-                       pgchannels.watched_change(kind, key, columns, condition, r.row, null) as payload
+                       pgchannels.watched_change(kind, key, columns, condition, r.row, null, tg_relid) as payload
                   from (select to_jsonb(o.*) - unseen as row from old_rows o offset 0) r offset 0) c
          where c.channel is not null and c.payload is not null;
     else
@@ -516,7 +542,7 @@ begin
                        pgchannels.watched_change(
                            case when a.row is null then tg_table_name || '.deleted'
                                 when b.row is null then tg_table_name || '.inserted' else kind end,
-                           key, columns, condition, b.row, a.row) as payload
+                           key, columns, condition, b.row, a.row, tg_relid) as payload
                   from (select to_jsonb(o.*) - unseen as row from old_rows o offset 0) b
                   full join (select to_jsonb(n.*) - unseen as row, row_number() over () as place from new_rows n) a
                     on case when cardinality(key) = 1 then a.row -> key[1]

@@ -83,8 +83,9 @@ def publishes(
             *new* the columns that have changed, after an insert all that are known without a query;
             a deleted object has no *new*. Values are as in FastAPI's responses, unless the layer
             has a serialiser of its own, which gets them as they are. Decimals are texts,
-            ``"9.90"``, for a float would lose digits; in the messages of a watched table they are
-            numbers. It tells all that the row holds: where that is too much, give a payload.
+            ``"9.90"``, because a float would lose digits; in the messages of a watched table they
+            are numbers up to 15 digits. It tells all that the row holds: where that is too much,
+            give a payload.
         changed: names of attributes. An update is published only if one of them has changed.
         when: a function of a :class:`Change` that says whether it is published.
         ttl: how long the message can be read, in seconds; ``default_ttl`` if None.

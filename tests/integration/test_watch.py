@@ -571,12 +571,80 @@ class TestPartitions:
         ]
 
 
+class TestNumbers:
+    def test_no_key_becomes_another_rows_in_a_browser(self, connection: Connection) -> None:
+        connection.execute(
+            "create table big (id bigint, part int, total numeric, primary key (id, part))"
+        )
+        connection.execute("select pgchannels.watch('big', 'big:{id}', condition => '$.*.id > 1')")
+        large = 2**53 + 1
+        connection.execute("insert into big values (%s, 1, 9.90), (7, 1, 9.90)", [large])
+        connection.execute("update big set total = 1234567890.1234567890")
+        connection.execute("delete from big where id > 7")
+        assert told(connection) == [
+            (
+                f"big:{large}",
+                {
+                    "type": "big.inserted",
+                    "key": {"id": str(large), "part": 1},
+                    "new": {"id": str(large), "part": 1, "total": 9.9},
+                },
+            ),
+            (
+                "big:7",
+                {
+                    "type": "big.inserted",
+                    "key": {"id": 7, "part": 1},
+                    "new": {"id": 7, "part": 1, "total": 9.9},
+                },
+            ),
+            (
+                f"big:{large}",
+                {
+                    "type": "big.updated",
+                    "key": {"id": str(large), "part": 1},
+                    "new": {"total": "1234567890.1234567890"},
+                    "old": {"total": 9.9},
+                },
+            ),
+            (
+                "big:7",
+                {
+                    "type": "big.updated",
+                    "key": {"id": 7, "part": 1},
+                    "new": {"total": "1234567890.1234567890"},
+                    "old": {"total": 9.9},
+                },
+            ),
+            (
+                f"big:{large}",
+                {
+                    "type": "big.deleted",
+                    "key": {"id": str(large), "part": 1},
+                    "old": {"id": str(large), "part": 1, "total": "1234567890.1234567890"},
+                },
+            ),
+        ]
+
+
 class TestTypes:
     @pytest.mark.parametrize(
         ("column", "value", "expected"),
         [
             ("smallint", "-32768", -32768),
-            ("bigint", "9223372036854775807", 9223372036854775807),
+            ("bigint", "9007199254740991", 2**53 - 1),
+            ("bigint", "-9007199254740991", 1 - 2**53),
+            # What a double does not hold is a text.
+            ("bigint", "9007199254740992", "9007199254740992"),
+            ("bigint", "-9223372036854775807", "-9223372036854775807"),
+            ("large", "9223372036854775807", "9223372036854775807"),
+            ("numeric", "123456789012.345", 123456789012.345),
+            ("numeric", "-1234567890123.456", "-1234567890123.456"),
+            ("numeric", "0.000000000000001", 1e-15),
+            ("numeric", "1e400", "1" + "0" * 400),
+            ("numeric", "1e-400", "0." + "0" * 399 + "1"),
+            ("text", "'9007199254740993'", "9007199254740993"),
+            ("float8", "1e308", 10**308),
             ("numeric", "'NaN'", "NaN"),
             ("numeric", "'Infinity'", "Infinity"),
             ("numeric", "12.500", 12.5),
@@ -622,6 +690,7 @@ class TestTypes:
     ) -> None:
         connection.execute(
             "create type mood as enum ('so so', 'well');"
+            "create domain large as bigint;"
             'create type pair as (x int, "Y z" text);'
             "create domain positive as int check (value > 0)"
         )
