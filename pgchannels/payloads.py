@@ -146,14 +146,13 @@ def loads(text: str | bytes) -> Any:
             nested deeper than 1024 levels, or with such an integer deeper than Python's recursion.
     """
     loaded = orjson.loads(text)
-    if len(text) >= 19:
-        digits = (text.encode() if isinstance(text, str) else text).translate(_ZEROS)
-        # Beyond 64 bits, an integer has 20 digits, a negative one at least 19.
-        if b"0" * 19 in digits and (b"0" * 20 in digits or b"-" + b"0" * 19 in digits):
-            try:
-                return json.loads(text)
-            except RecursionError as error:
-                raise ValueError("it is nested too deep") from error
+    digits = (text.encode() if isinstance(text, str) else text).translate(_ZEROS)
+    # Beyond 64 bits, an integer has 20 digits, a negative one at least 19.
+    if b"0" * 19 in digits and (b"0" * 20 in digits or b"-" + b"0" * 19 in digits):
+        try:
+            return json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deep") from error
     return loaded
 
 

@@ -26,7 +26,13 @@ def encode_json(content: Any) -> str:
         InvalidPayload: it is nested too deep, holds NaN or an infinity, or an integer beyond 64
             bits. It is data that is so, seldom code.
     """
-    return _encode(content, with_bytes=False)
+    try:
+        return encode(content, _plain)
+    except (TypeError, ValueError) as error:
+        refusal = _of_the_data(error)
+        if refusal is None:
+            raise
+        raise refusal from error
 
 
 def unwrapped(message: Message) -> str | bytes | None:
@@ -41,10 +47,10 @@ def unwrapped(message: Message) -> str | bytes | None:
     try:
         body = message["body"]
         if mode == "json":
-            return _encode(body, with_bytes=True)
+            return encode(body, _plain_with_bytes)
         if mode == "bytes" and isinstance(body, bytes):
             return body
-    except (InvalidPayload, KeyError, TypeError) as error:
+    except (InvalidPayload, KeyError, TypeError, ValueError) as error:
         _warn(str(message.position), message.channel, repr(error))
     return None
 
@@ -55,17 +61,15 @@ def _warn(position: str, channel: str, error: str) -> None:
     logger.warning("message %s of %r cannot be made a frame: %s", position, channel, error)
 
 
-def _encode(content: Any, *, with_bytes: bool) -> str:
-    try:
-        return encode(content, _plain_with_bytes if with_bytes else _plain)
-    except TypeError as error:
-        if "ecursion" in str(error):
-            raise InvalidPayload("it is nested too deep") from error
-        if "64-bit" in str(error):
-            raise InvalidPayload("it holds an integer beyond 64 bits; send it as a text") from error
-        raise
-    except ValueError as error:
-        raise InvalidPayload(str(error)) from error
+def _of_the_data(error: TypeError | ValueError) -> InvalidPayload | None:
+    """What to raise if not the code is wrong, but what it was given to encode."""
+    if isinstance(error, ValueError):
+        return InvalidPayload(str(error))
+    if "ecursion" in str(error):
+        return InvalidPayload("it is nested too deep")
+    if "64-bit" in str(error):
+        return InvalidPayload("it holds an integer beyond 64 bits; send it as a text")
+    return None
 
 
 def _plain(value: object) -> object:
