@@ -257,7 +257,9 @@ class Message(Mapping[str, Any]):
                 data = self._serializer.loads(self.payload)
                 kind = data.get("type")
             except Exception as error:  # a serialiser of the application's may raise whatever
-                raise InvalidPayload(f"message {self.id} cannot be parsed: {error!r}") from error
+                raise InvalidPayload(
+                    f"message {self.position} of {self.channel!r} cannot be parsed: {error!r}"
+                ) from error
             if self._attachments:
                 attach(data, self.pointers, self._attachments)
             self._data = data

@@ -32,6 +32,7 @@ from pgchannels import (
     DatabaseUnavailable,
     FollowerLost,
     InvalidChannel,
+    InvalidPayload,
     InvalidPosition,
     Position,
     PostgresLayer,
@@ -1229,3 +1230,30 @@ class TestClosing:
 
 async def everything(follower: Follower) -> list[int]:
     return [n async for batch in follower for n in ns(batch)]
+
+
+async def test_a_message_that_cannot_be_parsed_holds_up_no_follower(
+    layer: PostgresLayer, connection: Any
+) -> None:
+    # The rule was made after the rows.
+    await connection.execute(
+        "alter table pgchannels.outbox drop constraint outbox_payload_is_valid"
+    )
+    deep = "[" * 1100 + "]" * 1100
+    await connection.executemany(
+        "insert into pgchannels.outbox (channel, payload) values ('a', $1)",
+        [('{"n": 1}',), ('{"n": 1e400}',), (f'{{"n": {deep}}}',), ('{"n": 2}',)],
+    )
+    seen: list[Any] = []
+    async with layer.follow("a", name="f", after="0") as batches:
+        async for batch in batches:
+            for message in batch:
+                try:
+                    seen.append(message["n"])
+                except InvalidPayload:
+                    seen.append(len(message.payload))
+            await batch.ack()
+            if 2 in seen:
+                break
+    assert seen == [1, 12, 2207, 2]
+    assert (await status(layer)).lag == 0
