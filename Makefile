@@ -26,7 +26,7 @@ demo: $(DEMO) ## run the demo, with a PostgreSQL of its own (ARGS="..." for opti
 
 # What is the same on any server is not run again on the oldest one.
 SAME := $(addprefix --ignore=tests/integration/test_,admin.py auth_web.py cli.py connections.py \
-    consumers.py demo.py embedded.py examples.py hostile.py metrics.py middleware.py packaging.py \
+    consumers.py delivery.py demo.py embedded.py examples.py hostile.py metrics.py middleware.py origins.py packaging.py \
     publishes_models.py publishing_examples.py status.py web.py) \
     $(addprefix --ignore=tests/property/test_,fuzz_sockets.py overflow.py subscription.py) \
     $(addprefix --ignore=tests/faults/test_,shutdown.py slow_sockets.py)
