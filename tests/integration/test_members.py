@@ -473,6 +473,8 @@ class TestForgery:
             json.dumps({"channels": [f"nobody:{n}" for n in range(50_000)]}),
             '{"channels": ["' + "x" * 1_000_000 + '"]}',
         ]
+        # So that those pass which the database refuses today.
+        connection.execute("alter table pgchannels.outbox drop constraint outbox_payload_is_valid")
         async with layer.subscribe(member=name) as stream:
             receiving = [asyncio.create_task(layer.receive(c)) for c in (name, "jobs")]
             for payload in payloads:
