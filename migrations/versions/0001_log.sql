@@ -57,7 +57,7 @@ begin
               ~ E'\\\\u[dD][89a-fA-F]' then
         return false;
     end if;
-    large := payload::text ~ '[,:\s[]-?[0-9]([0-9.]*[eE]\+?[0-9]{3}|[0-9]{24})';
+    large := payload::text ~ E'[,:\\s[]-?[0-9]([0-9.]*[eE]\\+?[0-9]{3}|[0-9]{24})';
     if large
        or octet_length(payload::text) > 1000
           and octet_length(payload::text) - octet_length(replace(replace(replace(replace(
