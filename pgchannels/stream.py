@@ -429,9 +429,12 @@ class Stream:
         if not self._entered:
             raise RuntimeError("enter the stream first: async with layer.subscribe(…) as messages")
 
-    def _add(self, channels: tuple[str, ...], start: int | None) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise ChannelLayerClosed("the stream has been closed")
+
+    def _add(self, channels: tuple[str, ...], start: int | None) -> None:
+        self._check_open()
         for channel in channels:
             self._start_reading(channel, start)
 
@@ -467,6 +470,8 @@ class Stream:
         """The id after which to begin; None for from now on."""
         if beginning is None:
             return None
+        # First, whether or not the source of a layer that is closed still answers.
+        self._check_open()
         if isinstance(beginning, datetime):
             return (await self._source.position_before(beginning)).id
         if beginning == BEGINNING:

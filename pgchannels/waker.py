@@ -91,6 +91,9 @@ class Waker:
         self._dsn = dsn
         self._schema = schema
         self._idle_time = idle_time
+        # Now, and not in a thread: that imports, and a child that is forked during an import waits
+        # for a lock that no thread of its own will release.
+        load_queries(schema)
         # Reentrant: a signal handler may commit, too, at any moment.
         self._lock = threading.RLock()
         self._sender: _Sender | None = None

@@ -111,6 +111,14 @@ class LifecycleTests:
                     with pytest.raises(ChannelLayerClosed):
                         await task
 
+    async def test_a_stream_of_a_closed_layer_joins_nothing(self, make_layer: MakeLayer) -> None:
+        async with make_layer() as layer:
+            stream = layer.subscribe("room")
+            await stream.__aenter__()
+        for after in (None, "0", "1-999999"):
+            with pytest.raises(ChannelLayerClosed):
+                await stream.join("hall", after)
+
     async def test_iteration_ends(self, make_layer: MakeLayer) -> None:
         layer = await make_layer()
         seen = []
