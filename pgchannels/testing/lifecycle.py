@@ -112,9 +112,10 @@ class LifecycleTests:
                         await task
 
     async def test_a_stream_of_a_closed_layer_joins_nothing(self, make_layer: MakeLayer) -> None:
-        async with make_layer() as layer:
-            stream = layer.subscribe("room")
-            await stream.__aenter__()
+        layer = await make_layer()
+        stream = layer.subscribe("room")
+        await stream.__aenter__()
+        await layer.close()
         for after in (None, "0", "1-999999"):
             with pytest.raises(ChannelLayerClosed):
                 await stream.join("hall", after)
