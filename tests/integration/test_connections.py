@@ -1814,9 +1814,17 @@ class TestAuthentication:
                 await connection.identify(name)
                 await connection.send_json({"is": name})
 
-        async with serving(connections, serve_one) as address, address() as socket:
+        async with (
+            serving(connections, serve_one) as address,
+            address() as socket,
+            address() as before,
+        ):
             assert await ask(socket, "bob") == {"is": "bob"}
+            assert await ask(before, "ada") == {"is": "ada"}
             await connections.revoke(user_id="ada")
+            # The node has heard of it then. Until it has, it takes who is ada for revoked.
+            assert await closed(before) == 3000
+            await eventually(lambda: len(connections) == 1)
             while True:  # a clock that is coarse
                 assert await ask(socket, "ada") == {"is": "ada"}
                 (connection,) = connections
