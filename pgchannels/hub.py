@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pgchannels.backoff import Backoff
 from pgchannels.budget import Budget
@@ -170,6 +170,7 @@ class Hub:
         seen = self._seen
         head, mark = await self._store.head_after(seen)
         self._check_same(seen, mark)
+        self._saw(head, mark)
         return head
 
     async def position_before(self, time: datetime) -> Position:
@@ -196,14 +197,26 @@ class Hub:
         size = _SMALL_PAGE if self._budget.is_used_up else None
         page = await self._store.read_channels(channels, after, size=size, seen=seen)
         self._check_same(seen, page.mark)
+        if page.head.epoch != self._epoch:
+            # Another node has found the log rewritten, and this one has still to end its streams.
+            self._look_at_once()
+        self._saw(page.head, page.mark)
         held = sum(message.size + _MESSAGE_BYTES for message in page.messages)
         return page._replace(held=self._budget.hold(held))
 
     def _check_same(self, seen: Seen, mark: int | None) -> None:
         """Nothing counts that was read where the batch is missing that was seen before."""
         if seen.id and mark is None:
-            self.reached(self.cursor + 1)  # look at once, and find out why
-            raise DatabaseUnavailable("the log may have been rewritten; this is being looked at")
+            self._look_at_once()
+
+    def _look_at_once(self) -> NoReturn:
+        self.reached(self.cursor + 1)
+        raise DatabaseUnavailable("the log may have been rewritten; this is being looked at")
+
+    def _saw(self, head: Head, mark: int | None) -> None:
+        """Remember the newest batch that any read of this node has seen: streams may be ahead."""
+        if head.epoch == self._epoch and mark is not None and head.id >= self._seen.id:
+            self._seen = Seen(head.id, mark)
 
     def _replay_done(self, key: tuple[tuple[str, ...], int], task: asyncio.Task[LogPage]) -> None:
         del self._replays[key]
@@ -257,7 +270,7 @@ class Hub:
             if self._seen.id and page.mark is None:
                 self._seen = NOTHING_SEEN  # thinned out or pruned: the same log nevertheless
                 continue
-            self._seen = _seen(page.head, page.mark)
+            self._saw(page.head, page.mark)
             if page.head.floor > self.cursor:
                 self._tell_missed(page.head.floor)
             everything = await self._hand_out(page, complete=channels is None)
